@@ -1,0 +1,59 @@
+"""Checkpoints from which a run goes on exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.stream import MicroBatch
+
+
+class WindowCheckpoint(ModelCheckpoint):
+    """Saves after every validation (so at every switch), and every few optimizer steps in between.
+
+    Only where nothing is in flight: never inside an accumulation window, whose gradients no file holds, and never between
+    the last step of a phase and its validation, which a resumed run would skip.
+
+    Args:
+        every_n_train_steps: Optimizer steps between checkpoints inside a phase; only at switches when not given.
+        dirpath: Where to save; ``checkpoints/`` in the run folder when not given.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step={step}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_train_steps or 0,
+            every_n_epochs=0,
+            save_top_k=1,
+            save_last="link",
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Save inside a phase."""
+        ends_phase = isinstance(pl_module, AlignmentModule) and pl_module.plan.ended_at(trainer.global_step) is not None
+        validates = trainer.val_check_batch is not None and (batch_idx + 1) % trainer.val_check_batch == 0
+        if isinstance(batch, MicroBatch) and batch.last and not ends_phase and not validates:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after validation."""
+        self._save_now(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of a round that had no validation."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)

@@ -1,0 +1,195 @@
+"""Modified elastic weight consolidation for alternating objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.errors import UserError
+from hbat_lightning.functional import effective_number
+from hbat_lightning.importance import DriftImportance, Importance, ImportanceWeights, ProportionalWeights
+from hbat_lightning.stream import MicroBatch
+from hbat_lightning.switches import PhaseCallback, PhaseKey
+
+
+class ElasticWeightConsolidation(PhaseCallback):
+    r"""Holds, while one objective trains, the parameters that the other has just moved (Hbat, arXiv 2406.15178).
+
+    At the start of a phase the parameters are the anchor :math:`\theta^*`, and every trained tensor gets a factor
+    :math:`c_n` from its importance to the *other* objective. During the phase the gradient of
+    :math:`\sum_n c_n \lVert\theta_n-\theta^*_n\rVert^2`, that is :math:`2c_n(\theta_n-\theta^*_n)`, is added in place, once
+    per optimizer step, after accumulation and before clipping: no graph, no second backward pass. (Each factor is a
+    scalar per tensor, or a value per element.) The anchor is the policy's phase-start snapshot, the same tensors that
+    serve as the reference of DPO.
+
+    The first phase is free: no other objective has trained yet.
+
+    Logs ``ewc/penalty``, ``ewc/effective_tensors`` (how many tensors carry the weights), ``ewc/pull_norm`` and
+    ``ewc/task_gradient_norm``.
+
+    Args:
+        strength: Strength of the pull. 0 leaves training bit-identical to a run without the callback.
+        importance: Measures what the other objective's phases did; drift per tensor when not given.
+        weights: Turns importance into factors; proportional when not given.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        importance: Importance | None = None,
+        weights: ImportanceWeights | None = None,
+    ) -> None:
+        if strength < 0:
+            raise ValueError(f"strength must not be negative, got {strength}")
+        self.strength = strength
+        self.importance = importance or DriftImportance()
+        self.weights = weights or ProportionalWeights()
+        self._objective: str | None = None
+        self._held_for: dict[str, dict[str, Tensor]] = {}
+        self._factors: dict[str, Tensor | float] = {}
+        self._effective = 0.0
+        self._units = 0.0
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the phase-start snapshot."""
+        if stage == "fit":
+            _owner(pl_module).keep_phase_start()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move what a checkpoint brought to the device, and rebuild the factors from it."""
+        self._held_for = {
+            objective: {name: value.to(pl_module.device) for name, value in tensors.items()}
+            for objective, tensors in self._held_for.items()
+        }
+        self._set_factors()
+
+    def on_switch(self, trainer: Trainer, module: AlignmentModule, ended: PhaseKey | None, begun: PhaseKey) -> None:
+        """Add up what the ended phase did, and weigh what the beginning one must hold."""
+        if ended is not None and self.strength > 0:
+            self._credit(module, ended)
+        self._objective = begun.objective
+        self._set_factors()
+        if self._factors:
+            self._warn(module, begun)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        """Note how many units the window has, for Fisher information."""
+        self._units = trainer.accumulate_grad_batches / batch.scale
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add the pull to the gradients."""
+        if self.strength == 0:
+            return
+        module = _owner(pl_module)
+        trained = module.policy.trained_parameters()
+        gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        self.importance.observe(gradients, self._units)
+        values = {"penalty": torch.zeros(()), "pull_norm": torch.zeros(())}
+        if self._factors:
+            values = self._pull(trained, gradients, _anchors(module))
+        pl_module.log_dict(
+            {f"ewc/{name}": value for name, value in values.items()} | {"ewc/effective_tensors": self._effective},
+            on_step=True,
+            on_epoch=False,
+            batch_size=1,
+        )
+
+    def _pull(
+        self, trained: dict[str, torch.nn.Parameter], gradients: dict[str, Tensor], anchors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        names = list(gradients)  # what has no gradient does not move, so it needs no pull
+        grads = [gradients[name] for name in names]
+        task_norm = _norm(grads)
+        pulls = torch._foreach_sub([trained[name].detach() for name in names], [anchors[name] for name in names])
+        squares = [(self._factors[name] * pull.square()).sum() for name, pull in zip(names, pulls, strict=True)]
+        torch._foreach_mul_(pulls, [2.0 * self._factors[name] for name in names])
+        torch._foreach_add_(grads, list(pulls))
+        return {"penalty": torch.stack(squares).sum(), "pull_norm": _norm(list(pulls)), "task_gradient_norm": task_norm}
+
+    # ---- switches -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _credit(self, module: AlignmentModule, ended: PhaseKey) -> None:
+        """Add what the ended phase moved to what every other objective must hold."""
+        trained = {name: parameter.detach() for name, parameter in module.policy.trained_parameters().items()}
+        gradients: Iterator[dict[str, Tensor]] = iter(())
+        if self.importance.samples:
+            gradients = module.row_gradients(ended, self.importance.samples)
+        new = self.importance.measure(_anchors(module), trained, gradients)
+        for objective in module.objectives:
+            if objective != ended.objective:
+                self._held_for[objective] = self.importance.accumulate(self._held_for.get(objective), new)
+
+    def _set_factors(self) -> None:
+        importance = self._held_for.get(self._objective or "")
+        self._factors, self._effective = {}, 0.0
+        if importance is None or self.strength == 0:
+            return
+        factors = self.weights.weights(importance, self.strength)
+        mass = torch.stack([factor.double().sum() for factor in factors.values()])
+        self._effective = effective_number(mass)
+        if self._effective > 0:
+            # Scalars as floats, read once per switch: in every step they would cost a launch or a synchronisation each.
+            self._factors = {name: factor if factor.dim() else factor.item() for name, factor in factors.items()}
+
+    def _warn(self, module: AlignmentModule, begun: PhaseKey) -> None:
+        steps = next(phase.length for phase in module.plan.phases if phase.index == begun.index)
+        where = f"EWC, phase {begun.index} ({begun.objective})"
+        count = len(self._factors)
+        rank_zero_info(f"{where}: holds {self._effective:.1f} of {count} tensors")
+        if count > 1 and self._effective < 1.5:
+            rank_zero_warn(
+                f"{where}: the weights are saturated, {self._effective:.2f} of {count} tensors are held and the others are "
+                "free; use ProportionalWeights, with a larger tau if need be"
+            )
+        if steps == 1:
+            rank_zero_warn(
+                f"{where}: a phase of one optimizer step starts and ends at its anchor, where the penalty is zero; "
+                "give phases more steps"
+            )
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importance per objective, what the phase in hand has shown, and whose phase it is."""
+        return {
+            "objective": self._objective,
+            "held_for": self._held_for,
+            "importance": self.importance.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint's state; :meth:`on_fit_start` moves it to the device."""
+        self._objective = state_dict["objective"]
+        self._held_for = state_dict["held_for"]
+        self.importance.load_state_dict(state_dict["importance"])
+
+
+def _owner(module: LightningModule) -> AlignmentModule:
+    if not isinstance(module, AlignmentModule):
+        raise UserError(f"ElasticWeightConsolidation needs a module of hbat_lightning, not {type(module).__name__}")
+    return module
+
+
+def _anchors(module: AlignmentModule) -> dict[str, Tensor]:
+    anchors = module.policy.snapshot("phase_start")
+    if anchors is None:
+        raise UserError("the policy was built without a phase-start snapshot: give the callback to the first Trainer")
+    return anchors
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).norm()

@@ -1,0 +1,107 @@
+"""Keeps what every phase did to both objectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.report import draw_switches, read_switches, switch_table
+from hbat_lightning.schedules import Phase
+from hbat_lightning.switches import PhaseCallback
+
+
+class SwitchReport(PhaseCallback):
+    """Writes ``switches.jsonl`` in the run folder: a row per phase, with held-out figures of both objectives before and
+    after, how far each trained tensor moved, and the EWC pull. At the end it prints a table and draws ``switches.png``.
+
+    The module validates at every switch; the figures before the first phase come from the sanity check, which therefore
+    must run over all held-out rows (``num_sanity_val_steps: -1``, the command line's default).
+
+    Args:
+        drift: Record the root-mean-square change of each trained tensor. Needs the phase-start snapshot, which a full
+            fine-tune pays with a copy of the model, unless EWC or a phase-start reference keeps it anyway.
+    """
+
+    def __init__(self, drift: bool = True) -> None:
+        self.drift = drift
+        self._before: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the phase-start snapshot."""
+        if stage == "fit" and self.drift and isinstance(pl_module, AlignmentModule):
+            pl_module.keep_phase_start()
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In a resumed run drop the rows of steps that will be done again."""
+        if trainer.fast_dev_run or trainer.global_step == 0:
+            return
+        rows = [row for row in read_switches(self.path(trainer)) if row["step"] <= trainer.global_step]
+        self.path(trainer).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if rows:
+            self._before = rows[-1]["after"]
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the figures; where a phase has just ended, write its row."""
+        if not isinstance(pl_module, AlignmentModule) or trainer.fast_dev_run:
+            return
+        results = dict(pl_module.validation_results)
+        if trainer.sanity_checking:
+            self._before = results
+        elif trainer.training or trainer.validating:
+            phase = pl_module.plan.ended_at(trainer.global_step) if trainer.state.fn == "fit" else None
+            if phase is not None:
+                self._write(trainer, pl_module, phase, results)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table and draw the picture."""
+        rows = [] if trainer.fast_dev_run else read_switches(self.path(trainer))
+        if rows:
+            draw_switches(rows, self.path(trainer).with_suffix(".png"))
+            print("\nheld-out figures, before → after each phase\n" + switch_table(rows) + "\n")
+
+    @staticmethod
+    def path(trainer: Trainer) -> Path:
+        """Where the rows are kept."""
+        return Path(trainer.default_root_dir) / "switches.jsonl"
+
+    def _write(self, trainer: Trainer, module: AlignmentModule, phase: Phase, results: dict[str, float]) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("ewc/")}
+        row: dict[str, Any] = {
+            "phase": phase.index,
+            "round": phase.round,
+            "objective": phase.objective,
+            "step": trainer.global_step,
+            "steps": phase.length,
+            "before": self._before,
+            "after": results,
+            "change": {name: value - self._before[name] for name, value in results.items() if name in self._before},
+            "ewc": logged,
+            "drift": self._drift(module),
+        }
+        path = self.path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        changes = {f"switch/{name.removeprefix('val/')}": value for name, value in row["change"].items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(changes, step=trainer.global_step - 1)
+        self._before = results
+
+    @torch.no_grad()
+    def _drift(self, module: AlignmentModule) -> dict[str, float]:
+        before = module.policy.snapshot("phase_start") if self.drift else None
+        if before is None:
+            return {}
+        names = list(before)
+        after = module.policy.trained_parameters()
+        norms = torch._foreach_norm(torch._foreach_sub([after[n].detach() for n in names], [before[n] for n in names]))
+        return {name: float(norm) / before[name].numel() ** 0.5 for name, norm in zip(names, norms, strict=True)}

@@ -1,0 +1,20 @@
+"""Hybrid alignment training (Hbat, arXiv 2406.15178) as a collection of Lightning parts."""
+
+from hbat_lightning.data.module import DataSource, HybridDataModule
+from hbat_lightning.hybrid import HybridAlignmentModule
+from hbat_lightning.objectives import DPOModule, SFTModule
+from hbat_lightning.policy import GenerationSettings, LoraSettings, Policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPOModule",
+    "DataSource",
+    "GenerationSettings",
+    "HybridAlignmentModule",
+    "HybridDataModule",
+    "LoraSettings",
+    "Policy",
+    "SFTModule",
+    "__version__",
+]

@@ -1,0 +1,339 @@
+"""The module that Lightning trains: owns the policy, follows the schedule, logs, and checkpoints what trains.
+
+An objective alone and the hybrid of two are both an :class:`AlignmentModule`, so there is one training step.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from hbat_lightning.checkpoint_state import adopt_state, trained_state
+from hbat_lightning.data.module import HybridDataModule, pad_id
+from hbat_lightning.data.sets import PromptBatch
+from hbat_lightning.errors import UserError
+from hbat_lightning.lr import Cosine, LRSchedule
+from hbat_lightning.metrics.text import CompletionMetrics
+from hbat_lightning.metrics_logger import MetricsLogger
+from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.policy import GenerationSettings, Policy, Reference
+from hbat_lightning.schedules import Plan, Schedule
+from hbat_lightning.stream import MicroBatch, stable_seed
+from hbat_lightning.sums import Sums, Totals
+from hbat_lightning.switches import PhaseCallback, PhaseKey
+from hbat_lightning.trainer_checks import check_trainer, next_validation
+
+OptimizerState = Literal["reset", "shared", "per_objective"]
+
+
+class Objective(Protocol):
+    """What the owning module asks of an objective."""
+
+    lr: float | None
+    dropout: bool
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Frozen snapshots of the policy that the loss compares with."""
+
+    def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over a micro-batch; ``"loss"`` is among them."""
+
+    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over held-out rows."""
+
+    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
+        """See the held-out rows once under the initial policy."""
+
+
+def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW with the official betas, no weight decay."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class AlignmentModule(LightningModule):
+    """Trains a policy on one or several objectives, one at a time, as a schedule says.
+
+    Args:
+        policy: The policy; ``None`` only for an objective that serves inside a hybrid.
+        schedule: Which objective trains when.
+        optimizer: Makes the one optimizer from the trained parameters.
+        optimizer_state: At a switch: ``reset`` (as the official code), ``shared``, or ``per_objective``.
+        lr_schedule: Shape of the learning rate, per phase or over the run.
+        generation: How ``test`` and ``predict`` complete prompts.
+        seed: Seed of row order, held-out rows, adapter weights and dropout; that of ``seed_everything`` when not given.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        schedule: Schedule,
+        optimizer: OptimizerCallable,
+        optimizer_state: OptimizerState,
+        lr_schedule: LRSchedule | None,
+        generation: GenerationSettings,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.policy = cast(Policy, policy)  # None only inside a hybrid, where nobody asks; see require_policy()
+        self.schedule, self.optimizer = schedule, optimizer
+        self.lr_schedule = lr_schedule or Cosine()
+        self.generation = generation
+        self.seed = seed
+        self.strict_loading = False  # checkpoints hold what trains; adopt_state() compares the names
+        self.validation_results: dict[str, float] = {}
+        self._optimizer_states = OptimizerStateKeeper(optimizer_state)
+        self._wants_snapshot = False
+        self._phase: PhaseKey | None = None
+        self._window = Totals()
+        self._held_out: dict[str, Totals] = {}
+        self._completions = CompletionMetrics()
+
+    # ---- what a run consists of -----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def objectives(self) -> Mapping[str, Objective]:
+        """The objectives by name, in the order in which they are validated."""
+
+    def require_policy(self) -> None:
+        """Refuse to run without a policy.
+
+        Raises:
+            UserError: When the module was made without one.
+        """
+        if not isinstance(self.policy, Policy):
+            raise UserError("no policy: give --model.init_args.policy.init_args.model_name_or_path")
+
+    @property
+    def run_seed(self) -> int:
+        """The seed in force."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    @property
+    def plan(self) -> Plan:
+        """The phases of the run."""
+        return self._data.stream.plan
+
+    @property
+    def _data(self) -> HybridDataModule:
+        data = cast(Any, self.trainer).datamodule
+        if not isinstance(data, HybridDataModule):
+            raise UserError("training needs a HybridDataModule: trainer.fit(module, datamodule=HybridDataModule(...))")
+        return data
+
+    def keep_phase_start(self) -> None:
+        """Have a snapshot taken at every phase start. For callbacks, in their ``setup``."""
+        self._wants_snapshot = True
+
+    # ---- set-up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work, before weights are loaded."""
+        if stage == "fit":
+            check_trainer(self.trainer, self.plan, self.policy)
+            for note in self._data.notes:
+                rank_zero_info(note)
+
+    def configure_model(self) -> None:
+        """Build the policy; Lightning calls this before it restores a checkpoint."""
+        if self.policy.built:
+            return
+        device = self.trainer.strategy.root_device
+        references = {reference for objective in self.objectives.values() for reference in objective.references}
+        if self._wants_snapshot:
+            references.add("phase_start")
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(stable_seed(self.run_seed, "policy") % 2**63)
+            self.policy.build(device, references if self.trainer.training or self.trainer.sanity_checking else ())
+        for line in self.policy.describe():
+            rank_zero_info(line)
+        self._prepare_evaluation(device)
+
+    @torch.no_grad()
+    def _prepare_evaluation(self, device: torch.device) -> None:
+        """Let objectives see the held-out rows under the initial policy: no checkpoint has been restored yet."""
+        if not isinstance(cast(Any, self.trainer).datamodule, HybridDataModule):
+            return
+        self.policy.to(device)
+        self.policy.eval()
+        for loader in self._data.val_dataloader():
+            batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader)
+            with self.trainer.precision_plugin.forward_context():
+                self.objectives[loader.objective].prepare_evaluation(self.policy, batches)
+
+    def configure_optimizers(self) -> Any:
+        """The one optimizer, and a learning rate that is a function of the absolute step."""
+        optimizer = self.optimizer(list(self.policy.trained_parameters().values()))
+        # A closure: a callable object would put its attributes into the checkpoint.
+        scheduler = LambdaLR(optimizer, self._lr_factor(optimizer.defaults["lr"]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, base: float) -> Callable[[int], float]:
+        plan, shape = self.plan, self.lr_schedule
+        peaks = {name: (objective.lr or base) / base for name, objective in self.objectives.items()}
+
+        def factor(step: int) -> float:
+            phase, inside = plan.at(step)
+            place = (inside, phase.length) if shape.per_phase else (step, plan.total_steps)
+            return peaks[phase.objective] * shape.factor(*place)
+
+        return factor
+
+    # ---- phases ---------------------------------------------------------------------------------------------------
+
+    def begin_phase(self, phase: PhaseKey) -> None:
+        """Tell callbacks, then renew the snapshot and the optimizer state. Does nothing in the middle of a phase."""
+        ended = self._phase
+        if phase == ended:
+            return
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, PhaseCallback):
+                callback.on_switch(self.trainer, self, ended, phase)
+        if ended is not None:
+            optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+            self._optimizer_states.switch(optimizer, ended.objective, phase.objective)
+        self._phase = phase
+        self.policy.take_snapshot()
+        self.policy.set_training(self.objectives[phase.objective].dropout)
+
+    def on_train_start(self) -> None:
+        """Drop logged rows of steps that a resumed run will do again."""
+        for logger in self.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.forget_from(self.trainer.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        """Set modes and the next validation again: after a resume both are Lightning's defaults."""
+        if self._phase is not None:
+            self.policy.set_training(self.objectives[self._phase.objective].dropout)
+        next_validation(self.trainer, self.plan, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1)
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Begin a phase, place the next validation at a switch, and seed the micro-batch."""
+        self.begin_phase(PhaseKey(batch.phase, batch.objective))
+        next_validation(self.trainer, self.plan, batch_idx)
+        # Seeding every micro-batch, instead of saving generators, makes a resumed run draw the same dropout.
+        torch.manual_seed(batch.seed)
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """Sum of the active objective's loss, scaled so that the window's mean comes out."""
+        sums = self.objectives[batch.objective].loss(self.policy, batch.inputs)
+        self._window.add(sums)
+        if batch.last:
+            self._log_window(batch)
+        return sums["loss"][0] * batch.scale
+
+    def _log_window(self, batch: MicroBatch) -> None:
+        means = self._window.means()
+        self._window = Totals()
+        values = {f"train/{batch.objective}/{name}": value for name, value in means.items()}
+        values |= {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
+        values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self.log("loss", means["loss"], on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
+
+    def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
+        """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.
+
+        Args:
+            phase: The phase whose shard is asked.
+            count: How many rows; fewer where the shard has fewer.
+
+        Yields:
+            Gradient of the row's loss by parameter name; ``.grad`` is left alone.
+        """
+        stream, objective = self._data.stream, phase.objective
+        shard = next(part.shard for part in self.plan.phases if part.index == phase.index)
+        trained = self.policy.trained_parameters()
+        self.policy.set_training(dropout=False)
+        for row in stream.shards[objective][shard][:count]:
+            batch = MicroBatch(stream.data[objective].collate([row]), objective)
+            inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
+            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+                total, units = self.objectives[objective].loss(self.policy, inputs)["loss"]
+            gradients = torch.autograd.grad(total / units, list(trained.values()), allow_unused=True)
+            yield {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
+        self.policy.set_training(self.objectives[objective].dropout)
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start new sums."""
+        self._held_out = {}
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up one objective's held-out rows."""
+        totals = self._held_out.setdefault(batch.objective, Totals())
+        totals.add(self.objectives[batch.objective].evaluate(self.policy, batch.inputs))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all held-out rows of both objectives."""
+        self.validation_results = {
+            f"val/{objective}/{name}": value
+            for objective, totals in self._held_out.items()
+            for name, value in totals.means().items()
+        }
+        self.log_dict(self.validation_results, batch_size=1)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Complete held-out prompts and compare with the data's answers."""
+        for row in self.complete(batch):
+            self._completions.update(row["completion"], row["reference"], row["tokens"], row["stopped"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log ROUGE, exact match, length and the share of completions that stop."""
+        self.log_dict({f"test/{name}": value for name, value in self._completions.compute().items()}, batch_size=1)
+        self._completions.reset()
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete prompts."""
+        return self.complete(batch)
+
+    def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
+        """Completions of a batch of prompts, as plain rows."""
+        tokenizer = self.policy.tokenizer
+        stop = self._data.encoder("instruction", tokenizer).template.stop_token_id
+        generated = self.policy.generate(
+            batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
+        )
+        return [
+            {
+                "prompt": prompt,
+                "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "reference": reference.strip(),
+                "tokens": len(ids),
+                "stopped": bool(ids) and ids[-1] == stop,
+            }
+            for prompt, reference, ids in zip(batch.prompts, batch.completions, generated, strict=True)
+        ]
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What trains and its snapshots; never the base of an adapter."""
+        return trained_state(super().state_dict(*args, **kwargs), self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the weights fit on, the phase in hand and idle optimizer states."""
+        checkpoint["hbat"] = {
+            "policy": self.policy.identity(),
+            "phase": None if self._phase is None else tuple(self._phase),
+            "idle_optimizer_states": self._optimizer_states.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of something else, by name; take over the phase in hand."""
+        adopt_state(checkpoint, self.policy, training=self.trainer.training or self.trainer.sanity_checking)
+        state = checkpoint["hbat"]
+        self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
+        self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

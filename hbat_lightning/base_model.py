@@ -1,0 +1,164 @@
+"""Loading a causal language model and its tokenizer, in full precision or quantised, and saying exactly what was loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hbat_lightning.data import embedded
+from hbat_lightning.errors import UserError
+
+Quantization = Literal["none", "nf4", "int8"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which base model, and how it is held in memory.
+
+    Attributes:
+        name: A folder, a hub id or an ``embedded://`` address.
+        quantization: ``none``, ``nf4`` (4-bit, double quantisation) or ``int8``.
+        dtype: Storage of what is not quantised, and the compute type of what is; ``auto`` is bfloat16 beside quantised
+            layers and else the type in the model's files.
+        revision: Hub revision.
+        attn_implementation: Passed on to transformers; ``None`` lets it choose.
+        trust_remote_code: Run code that comes with the model. Off unless the user turns it on.
+    """
+
+    name: str
+    quantization: Quantization = "none"
+    dtype: DType = "auto"
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype | str:
+        """The dtype to hand to transformers."""
+        if self.dtype == "auto":
+            return "auto" if self.quantization == "none" else torch.bfloat16
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+
+@contextlib.contextmanager
+def _folder(name: str) -> Iterator[str]:
+    if embedded.is_embedded(name):
+        with embedded.materialise(name) as folder:
+            yield folder
+    else:
+        yield name
+
+
+def load_tokenizer(spec: BaseSpec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to the base.
+
+    Raises:
+        UserError: When there is none to load, with the reason.
+    """
+    with _folder(spec.name) as folder:
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{spec.name}: no tokenizer could be loaded ({_first_line(error)}). {_REMEDY}") from error
+
+
+def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
+    """Load the base; where it was to be quantised, see to it that it is.
+
+    Args:
+        spec: What to load.
+        device: Where quantised weights go (others follow the caller's device later).
+
+    Raises:
+        UserError: When the model cannot be loaded, or a quantised one has linear layers in full precision.
+    """
+    arguments: dict[str, Any] = {"dtype": spec.torch_dtype}
+    if spec.quantization != "none":
+        arguments |= {"quantization_config": _quantization_config(spec), "device_map": {"": device}}
+    if spec.attn_implementation is not None:
+        arguments["attn_implementation"] = spec.attn_implementation
+    with _folder(spec.name) as folder:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{spec.name}: the model could not be loaded ({_first_line(error)}). {_REMEDY}") from error
+    # A temporary folder must not stand in a saved config; a later load would look for it.
+    model.config._name_or_path = model.name_or_path = spec.name
+    model.config.use_cache = False
+    if spec.quantization != "none":
+        require_quantised(model, spec)
+    return cast(PreTrainedModel, model)
+
+
+def require_quantised(model: nn.Module, spec: BaseSpec) -> int:
+    """Count the quantised linear layers, and refuse a model that has others outside its output layer.
+
+    Returns:
+        How many layers are quantised.
+
+    Raises:
+        UserError: When a linear layer is not.
+    """
+    import bitsandbytes as bnb
+
+    wanted = bnb.nn.Linear4bit if spec.quantization == "nf4" else bnb.nn.Linear8bitLt
+    output = cast(Any, model).get_output_embeddings()
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    plain = [name for name, layer in linear.items() if not isinstance(layer, wanted) and layer is not output]
+    count = sum(isinstance(layer, wanted) for layer in linear.values())
+    if plain or not count:
+        raise UserError(
+            f"{spec.name}: {spec.quantization} was asked for, but {len(plain)} linear layers are in full precision "
+            f"({', '.join(plain[:3]) or 'none is quantised'}). Set quantization to none, or use a model whose layers "
+            "bitsandbytes can quantise"
+        )
+    return count
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short digest of names, shapes and the first values of every parameter: tells one base from another.
+
+    Quantised weights enter by their packed bytes, so the same base in 4 and in 16 bits differ.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].to("cpu").contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_REMEDY = "Check model.init_args.policy.init_args.model_name_or_path: a folder with config.json, or a hub id"
+
+
+def _quantization_config(spec: BaseSpec) -> BitsAndBytesConfig:
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=spec.torch_dtype,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

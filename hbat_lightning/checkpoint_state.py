@@ -1,0 +1,61 @@
+"""What of a policy goes into a Lightning checkpoint, and which checkpoints a policy accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbat_lightning.errors import UserError
+from hbat_lightning.policy import Policy
+
+PREFIX = "policy."  # the attribute of the module that holds the policy
+
+
+def trained_state(state: dict[str, Any], policy: Policy | None) -> dict[str, Any]:
+    """The part of a module's state dict that a checkpoint holds: trained tensors and their snapshots."""
+    if policy is None or not policy.built:
+        return {}
+    keep = {PREFIX + name for name in policy.checkpoint_names()}
+    return {name: value for name, value in state.items() if name in keep}
+
+
+def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> None:
+    """Check that a checkpoint fits the policy, before Lightning copies its tensors.
+
+    Args:
+        checkpoint: As loaded from the file; tensors of snapshots that evaluation has no use for are taken out of it.
+        policy: A built policy.
+        training: Whether training goes on from here, so that snapshots must be there.
+
+    Raises:
+        UserError: When base, quantisation, rank or tensors differ; says which.
+    """
+    if "hbat" not in checkpoint:
+        raise UserError("this checkpoint was not written by hbat_lightning: no policy is described in it")
+    saved, mine = checkpoint["hbat"]["policy"], policy.identity()
+    # The name of a base may change when its folder moves; its weights may not.
+    differing = [key for key in mine if key != "base" and mine[key] != saved.get(key)]
+    if differing:
+        named = [f"{key.replace('_', ' ')} {saved.get(key)!r} there, {mine[key]!r} here" for key in differing]
+        raise UserError(
+            f"the checkpoint belongs to another policy (base {saved['base']}, here {mine['base']}): "
+            + "; ".join(named)
+            + ". Give the run's own model settings, or start a new run"
+        )
+    state = checkpoint["state_dict"]
+    want = {PREFIX + name for name in policy.checkpoint_names()}
+    if not training:
+        checkpoint["state_dict"] = state = {name: value for name, value in state.items() if name in want}
+    missing, surplus = sorted(want - set(state)), sorted(set(state) - want)
+    if missing or surplus:
+        example = (missing or surplus)[0].removeprefix(PREFIX)
+        raise UserError(
+            f"the checkpoint's tensors do not match the policy's: {len(missing)} missing, {len(surplus)} too many, "
+            f"for example {example}. Check lora.target_modules, the preference reference and the callbacks of the run"
+        )
+    modules = dict(policy.named_parameters())
+    for name, value in state.items():
+        here = modules[name.removeprefix(PREFIX)]
+        if here.shape != value.shape:
+            raise UserError(
+                f"{name.removeprefix(PREFIX)} has shape {tuple(value.shape)} in the checkpoint, {tuple(here.shape)} here"
+            )

@@ -1,0 +1,209 @@
+"""Canonical rows, and checked access to the fields of raw ones.
+
+What the formats have in common: each function here takes a raw row and returns something usable, or raises the one
+line that tells the user which field of which row is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from hbat_lightning.data.readers import RawRow
+from hbat_lightning.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said.
+        context: Alpaca's `input`, kept apart from the instruction because templates place it differently.
+    """
+
+    role: Role
+    content: str
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class InstructionRow:
+    """A conversation to imitate; its last message is the assistant's."""
+
+    source: str
+    number: int
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Two answers to the same prompt, of which the first is preferred."""
+
+    source: str
+    number: int
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+# Every name that data sets in the wild give to the three roles.
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+}
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+# --- checked access to the fields of a row ----------------------------------------------------------------------
+
+
+def fault(row: RawRow, message: str, remedy: str = "Repair or remove the row") -> DataError:
+    """The error for one row."""
+    return DataError(message, row.source, row.number, remedy)
+
+
+def checked_text(row: RawRow, value: Any, name: str, may_be_empty: bool = False) -> str:
+    """Return `value` if it is usable text, else say what is wrong with the field `name`."""
+    if value is None:
+        raise fault(row, f"{name} is null")
+    if not isinstance(value, str):
+        raise fault(row, f"{name} is a {type(value).__name__}, text was expected")
+    if not may_be_empty and not value.strip():
+        raise fault(row, f"{name} is empty")
+    if _LONE_SURROGATE.search(value):  # JSON can spell it, but no tokenizer takes it
+        raise fault(row, f"{name} holds half of a surrogate pair, which is no character", "Write it as valid Unicode")
+    return value
+
+
+def value_of(row: RawRow, column: str) -> Any:
+    """The value of a column that must be there, whatever it is."""
+    if column not in row.values:
+        raise fault(row, f"the column {column!r} is missing", "Give every row the columns of the first one")
+    return row.values[column]
+
+
+def column_text(row: RawRow, column: str, may_be_empty: bool = False) -> str:
+    """The text of a column that must be there."""
+    return checked_text(row, value_of(row, column), f"{column!r}", may_be_empty)
+
+
+def optional_text(row: RawRow, column: str) -> str:
+    """The text of a column that may be absent, null or empty."""
+    value = row.values.get(column)
+    return "" if value is None else checked_text(row, value, f"{column!r}", may_be_empty=True)
+
+
+def system_messages(row: RawRow) -> tuple[Message, ...]:
+    """The column `system` as a message, or nothing."""
+    text = optional_text(row, "system")
+    return (Message("system", text),) if text.strip() else ()
+
+
+def read_turn(row: RawRow, value: Any, name: str) -> Message:
+    """Read `{role, content}` or `{from, value}`."""
+    if not isinstance(value, dict):
+        raise fault(row, f"{name} is a {type(value).__name__}, an object with a role and a content was expected")
+    role_key, content_key = ("from", "value") if "from" in value else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in value:
+            raise fault(row, f"{name} has no {key!r}")
+    role = _ROLES.get(str(value[role_key]).lower())
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise fault(row, f"{name} has the role {value[role_key]!r}", f"Known roles are {known}; rename or remove it")
+    return Message(role, checked_text(row, value[content_key], f"{name}.{content_key}"))
+
+
+def read_turns(row: RawRow, value: Any, name: str) -> tuple[Message, ...]:
+    """Read a list of turns."""
+    if not isinstance(value, (list, tuple)):
+        raise fault(row, f"{name} is {'null' if value is None else f'a {type(value).__name__}'}, a list was expected")
+    return tuple(read_turn(row, item, f"{name}[{place}]") for place, item in enumerate(value))
+
+
+def checked_prompt(row: RawRow, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A prompt opens with the user (behind system messages) and ends with the user."""
+    spoken = [message for message in prompt if message.role != "system"]
+    if not spoken:
+        raise fault(row, "the prompt is empty: no user turn comes before the answer")
+    if spoken[0].role != "user":
+        raise fault(row, "the conversation begins with an assistant turn", "Remove that turn, or the row")
+    if prompt[-1].role != "user":
+        raise fault(row, f"the turn before the answer is the {prompt[-1].role}'s, not the user's")
+    return prompt
+
+
+def instruction_row(row: RawRow, messages: tuple[Message, ...]) -> InstructionRow:
+    """A conversation with a prompt and, at its end, an answer."""
+    if not messages:
+        raise fault(row, "the conversation is empty")
+    if messages[-1].role != "assistant":
+        raise fault(
+            row,
+            f"the conversation ends with a {messages[-1].role} turn, so there is no answer to learn",
+            "Remove the turns behind the last answer, or the row",
+        )
+    checked_prompt(row, messages[:-1])
+    return InstructionRow(row.source, row.number, messages)
+
+
+def preference_row(row: RawRow, prompt: tuple[Message, ...], chosen: str, rejected: str) -> PreferenceRow:
+    """A prompt with two answers that differ."""
+    if chosen == rejected:
+        raise fault(row, "the chosen and the rejected answer are equal", "Remove the row: it prefers nothing")
+    return PreferenceRow(row.source, row.number, checked_prompt(row, prompt), chosen, rejected)
+
+
+def post_prompt(row: RawRow, values: dict[str, Any], prefix: str = "") -> tuple[Message, ...]:
+    """The summarisation query of Stiennon et al. (arXiv 2009.01325), their appendix B, as one user message."""
+    parts = {}
+    for key in ("subreddit", "title", "post"):
+        if key not in values:
+            raise fault(row, f"{prefix}{key} is missing")
+        parts[key] = checked_text(row, values[key], f"{prefix}{key}", may_be_empty=key != "post")
+    subreddit = parts["subreddit"].removeprefix("r/")
+    return (Message("user", f"SUBREDDIT: r/{subreddit}\n\nTITLE: {parts['title']}\n\nPOST: {parts['post']}\n\nTL;DR:"),)
+
+
+def read_prompt(row: RawRow, column: str) -> tuple[Message, ...]:
+    """A prompt given as text, as one message or as messages."""
+    value = value_of(row, column)
+    if isinstance(value, (list, tuple)):
+        return read_turns(row, value, f"{column!r}")
+    if isinstance(value, dict):
+        return (read_turn(row, value, f"{column!r}"),)
+    return (Message("user", checked_text(row, value, f"{column!r}"), optional_text(row, "input")),)
+
+
+def read_answer(row: RawRow, column: str) -> tuple[tuple[Message, ...], str]:
+    """An answer given as text, as one message or as a conversation: the turns before it, and its text."""
+    value = value_of(row, column)
+    if isinstance(value, dict):
+        turns: tuple[Message, ...] = (read_turn(row, value, f"{column!r}"),)
+    elif isinstance(value, (list, tuple)):
+        turns = read_turns(row, value, f"{column!r}")
+    else:
+        return (), checked_text(row, value, f"{column!r}")
+    if not turns:
+        raise fault(row, f"{column!r} is empty")
+    if turns[-1].role != "assistant":
+        raise fault(row, f"{column!r} ends with a {turns[-1].role} turn, not with an answer")
+    return turns[:-1], turns[-1].content
+
+
+def read_choice(row: RawRow, value: Any, column: str, first: int) -> int:
+    """0 or 1 from a column that counts from `first`; tables give it as text or as a float."""
+    known = {first: 0, first + 1: 1, str(first): 0, str(first + 1): 1}
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in known:
+        raise fault(row, f"{column!r} is {value!r}, {first} or {first + 1} was expected")
+    return known[cast("int | str", value)]

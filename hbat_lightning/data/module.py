@@ -1,0 +1,241 @@
+"""The data module: files to encoded rows, held-out parts, and the training stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from lightning.pytorch import LightningDataModule
+from tqdm.auto import tqdm
+
+from hbat_lightning.data.formats import InstructionRow, PreferenceRow, parse_instructions, parse_preferences
+from hbat_lightning.data.readers import read_rows
+from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
+from hbat_lightning.data.templates import TextTemplate, resolve_template
+from hbat_lightning.data.tokenization import Encoded, Encoder
+from hbat_lightning.errors import DataError, UserError
+from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
+from hbat_lightning.stream import WindowStream, permutation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hbat_lightning.alignment import AlignmentModule
+
+Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
+Set = InstructionSet | PreferenceSet
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the rows of one objective come from.
+
+    Attributes:
+        path: A file (.json, .jsonl, .csv, .tsv, .parquet, text ones also .gz), a folder or a hub id.
+        format: Name of the row format; recognised from the columns when not given.
+        template: Name of the prompt template for these rows; that of the data module when not given.
+        split: Split of a hub data set; ``train`` when not given.
+        val_path: Held-out rows, in the same format.
+        val_fraction: Share of the rows to hold out when there is no ``val_path``; 0 holds out none.
+        test_path: Rows for ``test`` and ``predict``; the held-out rows when not given.
+        limit: Use only the first so many rows.
+    """
+
+    path: str
+    format: str | None = None
+    template: str | None = None
+    split: str | None = None
+    val_path: str | None = None
+    val_fraction: float = 0.05
+    test_path: str | None = None
+    limit: int | None = None
+
+
+class HybridDataModule(LightningDataModule):
+    """Instruction and preference data for one run.
+
+    Everything is read, checked and encoded in ``setup``, before any weight is loaded.
+
+    Args:
+        instruction: Rows to imitate; may be left out where only the preference objective trains.
+        preference: Pairs; may be left out where only the instruction objective trains.
+        template: ``chat``, ``alpaca``, ``tldr``, ``plain``, or a :class:`~hbat_lightning.data.templates.TextTemplate`;
+            by default the tokenizer's chat template if it has one, else ``alpaca``.
+        max_length: Longest row in tokens, prompt and completion together.
+        truncation: What happens to longer ones: ``error``, ``drop``, ``prompt_left`` or ``completion_right``.
+        supervise: Which answers of a conversation are trained, ``all`` or ``last``.
+        invalid_rows: What happens to rows that cannot be used: ``error``, or ``drop`` with a count.
+        batch_size: Examples (pairs) in a micro-batch.
+        val_batch_size: The same in evaluation; ``batch_size`` when not given.
+    """
+
+    def __init__(
+        self,
+        instruction: DataSource | None = None,
+        preference: DataSource | None = None,
+        template: str | TextTemplate | None = None,
+        max_length: int = 1024,
+        truncation: Truncation = "error",
+        supervise: Literal["all", "last"] = "all",
+        invalid_rows: Literal["error", "drop"] = "error",
+        batch_size: int = 4,
+        val_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or max_length < 2:
+            raise UserError(
+                f"data: batch_size must be at least 1 and max_length at least 2, got {batch_size}, {max_length}"
+            )
+        self.sources = {INSTRUCTION: instruction, PREFERENCE: preference}
+        self.template, self.max_length, self.truncation = template, max_length, truncation
+        self.supervise, self.invalid_rows = supervise, invalid_rows
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.train_sets: dict[str, Set] = {}
+        self.val_sets: dict[str, Set] = {}
+        self.notes: list[str] = []
+        self._stream: WindowStream | None = None
+        self._prompts: list[Prompt] | None = None
+
+    # ---- Lightning's hooks ----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read and encode what the stage needs."""
+        module = cast("AlignmentModule", cast(Any, self.trainer).lightning_module)
+        module.require_policy()
+        tokenizer = module.policy.tokenizer
+        if stage in ("fit", "validate"):
+            for name in module.objectives:
+                self.load(name, tokenizer, module.run_seed)
+        if stage == "fit":
+            accumulate = cast(Any, self.trainer).accumulate_grad_batches
+            self._stream = WindowStream(module.schedule, self.train_sets, self.batch_size, accumulate, module.run_seed)
+        if stage in ("test", "predict"):
+            self._prompts = self.load_prompts(tokenizer, module.run_seed)
+
+    @property
+    def stream(self) -> WindowStream:
+        """The training stream; there is one after ``setup("fit")``."""
+        if self._stream is None:
+            raise RuntimeError("the stream exists after setup('fit')")
+        return self._stream
+
+    def train_dataloader(self) -> WindowStream:
+        """The stream, at the round of the current epoch: Lightning asks for its length before it announces the epoch."""
+        self.stream.set_epoch(cast(Any, self.trainer).current_epoch)
+        return self.stream
+
+    def val_dataloader(self) -> list[EvaluationLoader]:
+        """One loader per objective with held-out rows."""
+        return [EvaluationLoader(data, name, self.val_batch_size) for name, data in self.val_sets.items() if len(data)]
+
+    def test_dataloader(self) -> PromptLoader:
+        """Held-out prompts."""
+        tokenizer = cast("AlignmentModule", cast(Any, self.trainer).lightning_module).policy.tokenizer
+        return PromptLoader(cast(list[Prompt], self._prompts), self.val_batch_size, pad_id(tokenizer))
+
+    def predict_dataloader(self) -> PromptLoader:
+        """Held-out prompts."""
+        return self.test_dataloader()
+
+    # ---- files to sets --------------------------------------------------------------------------------------------
+
+    def source(self, name: str) -> DataSource:
+        """The source of an objective's rows.
+
+        Raises:
+            UserError: When none was given.
+        """
+        source = self.sources[name]
+        if source is None:
+            raise UserError(f"the {name} objective has no data: give --data.init_args.{name}.path")
+        return source
+
+    def encoder(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """What turns the rows of an objective into ids and masks."""
+        template = resolve_template(self.source(name).template or self.template, tokenizer)
+        return Encoder(tokenizer, template, self.max_length, self.truncation, self.supervise)
+
+    def load(self, name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        """Read, check and encode the training and held-out rows of an objective. Idempotent."""
+        if name in self.train_sets:
+            return
+        encoder = self.encoder(name, tokenizer)
+        train, held_out = self.split(name, seed)
+        for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
+            encoded = self._encode(name, rows, encoder)
+            self.notes.append(f"{name}: {len(encoded):,} {what} rows of {len(rows):,}")
+            make: Any = InstructionSet if name == INSTRUCTION else PreferenceSet
+            sets[name] = make(encoded, self.source(name).path, pad_id(tokenizer))
+        if not len(self.train_sets[name]):
+            raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
+        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
+        self.notes.append(f"{name}: template {encoder.template.name}, truncation {self.truncation}: {counts}")
+
+    def split(self, name: str, seed: int) -> tuple[list[Any], list[Any]]:
+        """The rows of an objective, in canonical form: (training, held-out).
+
+        Without ``val_path`` a share of the rows is held out, drawn with the run's seed.
+        """
+        source = self.source(name)
+        rows = self.read(name, source.path)
+        if source.val_path is not None:
+            return rows, self.read(name, source.val_path)
+        count = min(len(rows) - 1, max(1, round(len(rows) * source.val_fraction))) if source.val_fraction > 0 else 0
+        held_out = set(permutation(len(rows), seed, name, "held-out")[:count])
+        return (
+            [row for number, row in enumerate(rows) if number not in held_out],
+            [row for number, row in enumerate(rows) if number in held_out],
+        )
+
+    def read(self, name: str, path: str) -> list[Any]:
+        """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
+        source = self.source(name)
+        parse: Callable[..., tuple[Sequence[Any], list[DataError], str]]
+        parse = parse_instructions if name == INSTRUCTION else parse_preferences
+        rows, faults, found = parse(read_rows(path, source.split, source.limit), source.format)
+        if faults and self.invalid_rows == "error":
+            raise _with_hint(faults)
+        if faults:
+            self.notes.append(f"{name}: {len(faults):,} invalid rows of {path} dropped, the first: {faults[0]}")
+        if not rows:
+            raise DataError("no usable row", path, remedy="Run hbat inspect to see why")
+        self.notes.append(f"{name}: {path} read as {found}")
+        return list(rows)
+
+    def load_prompts(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
+        """Prompts with the data's answers, for ``test`` and ``predict``."""
+        source, encoder = self.source(INSTRUCTION), self.encoder(INSTRUCTION, tokenizer)
+        rows = self.read(INSTRUCTION, source.test_path) if source.test_path else self.split(INSTRUCTION, seed)[1]
+        if not rows:
+            raise UserError(
+                "no held-out prompts: give --data.init_args.instruction.test_path, val_path or val_fraction"
+            )
+        prompts = []
+        for row in cast(list[InstructionRow], rows):
+            ids = encoder.encode_prompt(row.messages[:-1])
+            text = "".join(segment.text for segment in encoder.template.segments(row.messages[:-1]))
+            prompts.append(Prompt(ids, text, row.messages[-1].content))
+        return prompts
+
+    def _encode(self, name: str, rows: Sequence[Any], encoder: Encoder) -> list[Any]:
+        encode: Callable[[Any], Encoded | tuple[Encoded, Encoded] | None]
+        encode = encoder.encode_instruction if name == INSTRUCTION else encoder.encode_preference
+        encoded = (encode(row) for row in _with_bar(rows, f"tokenising {name}"))
+        return [row for row in encoded if row is not None]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up rows; any would do, since masks go by length, so the vocabulary never grows for it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _with_bar(rows: Sequence[InstructionRow | PreferenceRow], what: str) -> Iterator[Any]:
+    return iter(tqdm(rows, desc=what, unit="row", leave=False, disable=len(rows) < 5000))
+
+
+def _with_hint(faults: list[DataError]) -> DataError:
+    first = faults[0]
+    more = f" ({len(faults) - 1} more rows have faults)" if len(faults) > 1 else ""
+    hint = f"{first.remedy}, or set --data.init_args.invalid_rows drop".lstrip(", ")
+    return DataError(first.message + more, first.source, first.row, hint)

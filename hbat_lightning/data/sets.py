@@ -1,0 +1,198 @@
+"""Encoded rows of one objective, and how they become tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.stream import MicroBatch, TrainingSet
+
+IGNORE = -100
+
+
+def pad_right(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Collate encoded texts.
+
+    Masks come from lengths, never from comparing ids with the pad id: where pad and eos are one token, the last eos of
+    an answer must still be learned.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)`` int64; labels are -100 where nothing is
+        supervised.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
+    for place, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[place, :length] = row.input_ids
+        mask[place, :length] = 1
+        labels[place, :length] = np.where(row.supervised, row.input_ids, IGNORE)
+    return {name: torch.from_numpy(a) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def _digest(rows: Iterable[Encoded]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(row.input_ids.tobytes())
+        digest.update(np.packbits(row.supervised).tobytes())
+    return digest.hexdigest()
+
+
+def _without_labels(row: Encoded) -> Encoded:
+    """Its first two tokens, supervised nowhere: the cheapest forward pass there is."""
+    ids = row.input_ids[:2]
+    return Encoded(ids, np.zeros(len(ids), dtype=bool), len(ids))
+
+
+class InstructionSet:
+    """Conversations to imitate.
+
+    Args:
+        rows: Encoded conversations.
+        source: Where they come from, for messages.
+        pad_id: Fills up short rows.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+        self.digest = _digest(self.rows)
+
+    def __len__(self) -> int:
+        """Number of conversations."""
+        return len(self.rows)
+
+    def units(self, row: int) -> int:
+        """Supervised tokens that something comes before, since the first token is never predicted."""
+        return int(self.rows[row].supervised[1:].sum())
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` ``(B, T)`` and ``index`` ``(B,)``."""
+        return pad_right([self.rows[row] for row in rows], self.pad_id) | {"index": torch.tensor(rows)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """One row without labels."""
+        return pad_right([_without_labels(self.rows[0])], self.pad_id) | {"index": torch.tensor([-1])}
+
+
+class PreferenceSet:
+    """Pairs of a chosen and a rejected completion of one prompt.
+
+    Args:
+        rows: Encoded (chosen, rejected) pairs.
+        source: Where they come from, for messages.
+        pad_id: Fills up short rows.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Encoded, Encoded]], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+        self.digest = _digest(side for pair in self.rows for side in pair)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.rows)
+
+    def units(self, row: int) -> int:
+        """A pair counts once."""
+        return 1
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` ``(2B, T)``, chosen first, then rejected; ``index`` ``(B,)``."""
+        pairs = [self.rows[row] for row in rows]
+        sides = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        return pad_right(sides, self.pad_id) | {"index": torch.tensor(rows)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """One pair without labels."""
+        return pad_right([_without_labels(side) for side in self.rows[0]], self.pad_id) | {"index": torch.tensor([-1])}
+
+
+class EvaluationLoader:
+    """All rows of a set, in order, as micro-batches of one objective.
+
+    Args:
+        data: The rows.
+        objective: Name of the objective that evaluates them.
+        batch_size: Rows in a micro-batch.
+    """
+
+    def __init__(self, data: TrainingSet, objective: str, batch_size: int) -> None:
+        self.data, self.objective, self.batch_size = data, objective, batch_size
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return -(-len(self.data) // self.batch_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yield them."""
+        for begin in range(0, len(self.data), self.batch_size):
+            rows = range(begin, min(begin + self.batch_size, len(self.data)))
+            yield MicroBatch(self.data.collate(list(rows)), self.objective)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to complete, with the completion that the data holds.
+
+    Attributes:
+        input_ids: The ids that generation starts from.
+        text: The prompt as text.
+        completion: The data's own answer.
+    """
+
+    input_ids: list[int]
+    text: str
+    completion: str
+
+
+@dataclass
+class PromptBatch:
+    """Left-padded prompts.
+
+    Attributes:
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``.
+        prompts: B texts.
+        completions: B answers from the data.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompts: list[str]
+    completions: list[str]
+
+
+class PromptLoader:
+    """Prompts in order, padded on the left, where generation wants it.
+
+    Args:
+        prompts: The prompts.
+        batch_size: Prompts in a batch.
+        pad_id: Fills up short rows.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, pad_id: int) -> None:
+        self.prompts, self.batch_size, self.pad_id = list(prompts), batch_size, pad_id
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.prompts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        """Yield them."""
+        for begin in range(0, len(self.prompts), self.batch_size):
+            part = self.prompts[begin : begin + self.batch_size]
+            longest = max(len(prompt.input_ids) for prompt in part)
+            ids = torch.full((len(part), longest), self.pad_id)
+            mask = torch.zeros_like(ids)
+            for place, prompt in enumerate(part):
+                ids[place, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+                mask[place, longest - len(prompt.input_ids) :] = 1
+            yield PromptBatch(ids, mask, [p.text for p in part], [p.completion for p in part])

@@ -1,0 +1,328 @@
+"""From written conversations to ids: special tokens, supervised positions and truncation, each decided in one place.
+
+A row is tokenised segment by segment, and the prompt of generation by the very same calls, so that the ids a model is
+trained on are the ids it is asked with. What stands in user text stays text, also where it reads like a special token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow
+from hbat_lightning.data.templates import Segment, Template, special_token_ids
+from hbat_lightning.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRUNCATIONS = ("error", "drop", "prompt_left", "completion_right")
+
+# Private-use marks around special-token strings in user text, from before the template is rendered until the piece is
+# tokenised. They are recognised only as a pair around such a string, so that text which holds them stays as it is.
+_OPEN, _CLOSE = "\U0010fa01", "\U0010fa02"
+# Texts to put before a continuation. The second is for texts that would merge with a line end.
+_ANCHORS = ("\n", "a")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as a model takes it.
+
+    Attributes:
+        input_ids: int32, shape `(T,)`.
+        supervised: bool, shape `(T,)`: the tokens to be learnt, each at its own position (nothing is shifted).
+        prompt_length: The number of tokens before the last answer.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    prompt_length: int
+
+
+class _Ids(NamedTuple):
+    """Ids with, for each, whether it is supervised."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+class Encoder:
+    """Turns canonical rows into ids.
+
+    Args:
+        tokenizer: The tokenizer of the model; it must have an eos token.
+        template: How conversations are written.
+        max_length: The most tokens a row may have.
+        truncation: What happens to longer rows. `error`: stop and name the row. `drop`: leave it out. `prompt_left`:
+            cut the oldest tokens of the prompt, except bos. `completion_right`: cut the end of the last answer, which
+            then has no stop token.
+        supervise: `all` answers of a conversation, or only the `last`. With `last` everything before the last answer
+            is rendered as one prompt. Of a preference pair only the last answers are ever supervised.
+        count_merges: Count the rows in which prompt and answer, tokenised as one text, would give other ids at their
+            boundary. It takes a second tokenisation.
+
+    Attributes:
+        counts: Rows `kept` and `dropped`; of those kept, `truncated_prompt` and `truncated_completion`; of all of them,
+            `boundary_merges`.
+        stop_token_id: The id that ends every complete answer.
+
+    Raises:
+        UserError: The tokenizer has no eos token, or an argument has no such value.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_length: int,
+        truncation: str,
+        supervise: Literal["all", "last"] = "all",
+        count_merges: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no eos token, so no answer could end;"
+                " set eos_token in its tokenizer_config.json"
+            )
+        for name, value, known in (
+            ("truncation", truncation, TRUNCATIONS),
+            ("supervise", supervise, ("all", "last")),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; it can be {', '.join(known)}")
+        if max_length < 2:
+            raise UserError(f"max_length is {max_length}; a prompt and an answer need at least 2 tokens")
+        self.tokenizer, self.template = tokenizer, template
+        self.max_length, self.truncation, self.supervise = max_length, truncation, supervise
+        self.count_merges = count_merges
+        self.counts: Counter[str] = Counter()
+        eos = int(tokenizer.eos_token_id)
+        self.stop_token_id = eos if template.stop_token_id is None else template.stop_token_id
+        self._specials = special_token_ids(tokenizer)
+        texts = [text for text, number in self._specials.items() if number in (eos, self.stop_token_id)]
+        self._stop_texts = tuple(dict.fromkeys([template.stop_text or str(tokenizer.eos_token), *texts]))
+        alternatives = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)"
+        self._special = re.compile(f"({alternatives})")
+        self._protected = re.compile(f"{_OPEN}({alternatives}){_CLOSE}")
+        self._bos = _default_bos(tokenizer) if not template.writes_bos else None
+        self._anchor_ids: dict[tuple[str, bool], list[int]] = {}
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def encode_instruction(self, row: InstructionRow) -> Encoded | None:
+        """Encode a conversation.
+
+        Returns:
+            Its ids, or `None` where the truncation policy drops it.
+
+        Raises:
+            DataError: The row is too long under the policy `error`, or cannot be made to fit under the others, or the
+                template cannot write it.
+        """
+        prompt, answers = self._encode_row(row, row.messages[:-1], [row.messages[-1].content])
+        fitted = self._fit(row, prompt, answers)
+        return None if fitted is None else fitted[0]
+
+    def encode_preference(self, row: PreferenceRow) -> tuple[Encoded, Encoded] | None:
+        """Encode a pair as (chosen, rejected), both behind the same prompt ids.
+
+        Returns:
+            The pair, or `None` where the truncation policy drops it. A pair that becomes equal by truncation is dropped
+            too.
+
+        Raises:
+            DataError: As for `encode_instruction`, or the two answers give the same ids.
+        """
+        prompt, answers = self._encode_row(row, row.prompt, [row.chosen, row.rejected])
+        if answers[0].ids == answers[1].ids:
+            raise DataError("both answers give the same tokens", row.source, row.number, "Remove the row")
+        prompt = _Ids(prompt.ids, [False] * len(prompt.ids))
+        fitted = self._fit(row, prompt, answers)
+        return None if fitted is None else (fitted[0], fitted[1])
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that generation starts from.
+
+        Args:
+            messages: A conversation that waits for an answer of the assistant.
+
+        Raises:
+            UserError: The template cannot write it.
+            ValueError: It ends with an answer.
+        """
+        if not messages or messages[-1].role == "assistant":
+            raise ValueError("a prompt is a conversation that ends before an answer")
+        return self._encode_segments(self._write(messages)).ids
+
+    # --- segments -------------------------------------------------------------------------------------------------
+
+    def _write(self, messages: Sequence[Message]) -> list[Segment]:
+        """The segments of a conversation, with special-token strings in its messages marked as text."""
+        safe = []
+        for message in messages:
+            content = self._without_stop(message.content) if message.role == "assistant" else message.content
+            safe.append(Message(message.role, self._protect(content), self._protect(message.context)))
+        return self.template.segments(safe, last_only=self.supervise == "last")
+
+    def _without_stop(self, answer: str) -> str:
+        """An answer whose stop token was written out in the data must not get a second one."""
+        while answer.endswith(self._stop_texts):
+            answer = next(answer.removesuffix(text) for text in self._stop_texts if answer.endswith(text))
+        return answer
+
+    def _protect(self, text: str) -> str:
+        return self._special.sub(f"{_OPEN}\\1{_CLOSE}", text)
+
+    def _encode_row(
+        self, row: InstructionRow | PreferenceRow, prompt: Sequence[Message], answers: Sequence[str]
+    ) -> tuple[_Ids, list[_Ids]]:
+        """Encode the prompt once and every answer to it."""
+        try:
+            written = [self._write([*prompt, Message("assistant", answer)]) for answer in answers]
+        except UserError as error:  # a template knows no rows
+            raise DataError(str(error), row.source, row.number) from error
+        before = written[0][:-1]
+        for segments in written:
+            if segments[:-1] != before:
+                message = "the template writes the prompt differently for the two answers"
+                raise DataError(message, row.source, row.number, "Choose another template")
+            if not segments[-1].text.strip():
+                message = "the answer holds nothing but a stop token"
+                raise DataError(message, row.source, row.number, "Fill it in or remove the row")
+        encoded = [self._encode_answer(segments[-1].text) for segments in written]
+        ids = self._encode_segments(before)
+        if self.count_merges:
+            merges = any(self._merges(segments, answer.ids) for segments, answer in zip(written, encoded, strict=True))
+            self.counts["boundary_merges"] += merges
+        return ids, encoded
+
+    def _encode_segments(self, segments: Sequence[Segment]) -> _Ids:
+        """The one place where segments become ids: bos, texts, answers and their stop tokens."""
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for place, segment in enumerate(segments):
+            if segment.supervised:
+                piece = self._encode_answer(segment.text).ids
+            elif place == 0:
+                piece = self._encode_opening(segment.text)
+            else:  # it stands behind a stop token, and is tokenised as it would be there
+                piece = self._encode_text(segment.text, (self._stop_texts[0], *_ANCHORS))
+            ids += piece
+            supervised += [segment.supervised and self.supervise == "all"] * len(piece)
+        return _Ids(ids, supervised)
+
+    def _encode_opening(self, text: str) -> list[int]:
+        ids = self._encode_text(text, ())
+        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def _encode_answer(self, text: str) -> _Ids:
+        ids = [*self._encode_text(text, _ANCHORS), self.stop_token_id]
+        return _Ids(ids, [True] * len(ids))
+
+    def _merges(self, segments: Sequence[Segment], answer: list[int]) -> bool:
+        """Whether the last prompt text and the answer would be cut elsewhere if they were tokenised as one text."""
+        last = segments[-2].text
+        encode = self._encode_opening if len(segments) == 2 else lambda text: self._encode_text(text, _ANCHORS)
+        return encode(last + segments[-1].text) != [*encode(last), *answer[:-1]]
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    def _encode_text(self, text: str, anchors: tuple[str, ...]) -> list[int]:
+        """Tokenise written text; what is marked in it stays text. Without anchors it is the beginning of a row."""
+        ids: list[int] = []
+        for place, piece in enumerate(self._protected.split(text)):  # every second piece is a marked string
+            if piece:
+                ids += self._continue(piece, anchors, split=place % 2 == 1)
+                anchors = anchors or _ANCHORS
+        return ids
+
+    def _continue(self, text: str, anchors: tuple[str, ...], split: bool) -> list[int]:
+        """Tokenise `text` as it would be tokenised behind other text.
+
+        Tokenised alone, SentencePiece would put a blank before it. So it is tokenised behind an anchor, whose ids are
+        cut off where they come out as they do alone.
+        """
+        for anchor in anchors:
+            key = (anchor, split)
+            if key not in self._anchor_ids:
+                self._anchor_ids[key] = self._tokenize(anchor, split)
+            start = self._anchor_ids[key]
+            ids = self._tokenize(anchor + text, split)
+            if ids[: len(start)] == start:
+                return self._checked(text, ids[len(start) :], split)
+        return self._checked(text, self._tokenize(text, split), split)
+
+    def _checked(self, text: str, ids: list[int], split: bool) -> list[int]:
+        """A marked string must not have become its special token, which some vocabularies hold as an ordinary piece."""
+        if split and self._specials[text] in ids:
+            return [number for part in (text[:1], text[1:]) for number in self._continue(part, _ANCHORS, split=False)]
+        return ids
+
+    def _tokenize(self, text: str, split: bool) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
+
+    # --- length ---------------------------------------------------------------------------------------------------
+
+    def _fit(self, row: InstructionRow | PreferenceRow, prompt: _Ids, answers: list[_Ids]) -> list[Encoded] | None:
+        """Apply the truncation policy to a prompt and the answers to it, and count what was done."""
+        longest = max(len(answer.ids) for answer in answers)
+        if len(prompt.ids) + longest > self.max_length:
+            if self.truncation == "error":
+                raise self._too_long(row, prompt, longest, "the row is longer than max_length")
+            if self.truncation == "drop":
+                self.counts["dropped"] += 1
+                return None
+            if self.truncation == "prompt_left":
+                prompt = self._cut_prompt(row, prompt, longest)
+            else:
+                answers = self._cut_answers(row, prompt, answers)
+            if len(answers) == 2 and answers[0].ids == answers[1].ids:
+                self.counts["dropped"] += 1
+                return None
+            self.counts["truncated_prompt" if self.truncation == "prompt_left" else "truncated_completion"] += 1
+        self.counts["kept"] += 1
+        return [
+            Encoded(
+                np.array(prompt.ids + answer.ids, dtype=np.int32),
+                np.array(prompt.supervised + answer.supervised, dtype=bool),
+                len(prompt.ids),
+            )
+            for answer in answers
+        ]
+
+    def _cut_prompt(self, row: InstructionRow | PreferenceRow, prompt: _Ids, longest: int) -> _Ids:
+        opening = 1 if prompt.ids[:1] == [self.tokenizer.bos_token_id] else 0
+        room = self.max_length - longest - opening
+        if room < 1:
+            raise self._too_long(row, prompt, longest, "the answer alone leaves no room for the prompt in max_length")
+        ids, supervised = prompt
+        return _Ids(ids[:opening] + ids[-room:], supervised[:opening] + supervised[-room:])
+
+    def _cut_answers(self, row: InstructionRow | PreferenceRow, prompt: _Ids, answers: list[_Ids]) -> list[_Ids]:
+        room = self.max_length - len(prompt.ids)
+        if room < 1:
+            longest = max(len(answer.ids) for answer in answers)
+            raise self._too_long(row, prompt, longest, "prompt longer than max_length, no token of the answer is left")
+        return [_Ids(answer.ids[:room], answer.supervised[:room]) for answer in answers]
+
+    def _too_long(self, row: Any, prompt: _Ids, longest: int, message: str) -> DataError:
+        return DataError(
+            f"{message}: {len(prompt.ids)} prompt tokens and {longest} of the answer, {self.max_length} allowed",
+            row.source,
+            row.number,
+            "Raise max_length, shorten or remove the row, or set truncation to drop, prompt_left or completion_right",
+        )
+
+
+def _default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The bos id, if the tokenizer puts it before a text of its own accord."""
+    bos = tokenizer.bos_token_id
+    asked, plain = (tokenizer.encode("a", add_special_tokens=flag) for flag in (True, False))
+    return int(bos) if bos is not None and asked[:1] == [bos] and plain[:1] != [bos] else None

@@ -1,0 +1,23 @@
+"""Errors that a user can mend: each is one line that says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the command, the configuration or the data; the command line prints it without a traceback."""
+
+
+class DataError(UserError):
+    """A fault in a data file.
+
+    Args:
+        message: What is wrong.
+        source: The file, folder or hub id that holds the fault.
+        row: The row, counted from 1 (in line-based files: the line), or ``None`` when it concerns the whole file.
+        remedy: What the user can do.
+    """
+
+    def __init__(self, message: str, source: str, row: int | None = None, remedy: str = "") -> None:
+        self.message, self.source, self.row, self.remedy = message, source, row, remedy
+        where = source if row is None else f"{source}, row {row}"
+        super().__init__(" ".join(f"{where}: {message}{'. ' + remedy if remedy else ''}".split()))

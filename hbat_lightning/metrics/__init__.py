@@ -1,0 +1,5 @@
+"""Metrics as torchmetrics classes."""
+
+from hbat_lightning.metrics.text import CompletionMetrics
+
+__all__ = ["CompletionMetrics"]

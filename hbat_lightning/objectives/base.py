@@ -1,0 +1,74 @@
+"""An objective: a loss over one kind of data, trainable alone and inside a hybrid by the same code."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_optimizer
+from hbat_lightning.lr import LRSchedule
+from hbat_lightning.policy import GenerationSettings, Policy, Reference
+from hbat_lightning.schedules import Single
+from hbat_lightning.sums import Sums
+
+_DEFAULT_GENERATION = GenerationSettings()
+
+
+class ObjectiveModule(AlignmentModule):
+    """Base of the objectives.
+
+    Alone, it is a module whose only objective is itself, on a schedule of a single phase. Inside a
+    :class:`~hbat_lightning.HybridAlignmentModule` only ``lr`` and what belongs to the loss count; the rest is the
+    hybrid's.
+
+    Args:
+        policy: The policy; left out inside a hybrid.
+        lr: Peak learning rate of this objective's phases; the optimizer's own when not given.
+        epochs: Passes over the data when it trains alone.
+        optimizer: Makes the optimizer when it trains alone.
+        optimizer_state: See :class:`~hbat_lightning.alignment.AlignmentModule`; without effect when it trains alone.
+        lr_schedule: Shape of the learning rate when it trains alone.
+        generation: How ``test`` and ``predict`` complete prompts when it trains alone.
+        seed: Seed of the run when it trains alone.
+    """
+
+    slot: str
+    dropout: bool
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        lr: float | None = None,
+        epochs: int = 1,
+        optimizer: OptimizerCallable = default_optimizer,
+        optimizer_state: OptimizerState = "reset",
+        lr_schedule: LRSchedule | None = None,
+        generation: GenerationSettings = _DEFAULT_GENERATION,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(policy, Single(self.slot, epochs), optimizer, optimizer_state, lr_schedule, generation, seed)
+        self.lr = lr
+
+    @property
+    def objectives(self) -> Mapping[str, ObjectiveModule]:
+        """Itself, by the name of its slot."""
+        return {self.slot: self}
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """None, unless the loss compares with one."""
+        return ()
+
+    @abstractmethod
+    def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over a micro-batch; ``"loss"`` carries the graph."""
+
+    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over held-out rows: those of the loss."""
+        return self.loss(policy, inputs)
+
+    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Nothing to prepare, unless evaluation compares with the initial policy."""

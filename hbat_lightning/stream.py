@@ -1,0 +1,225 @@
+"""Turns a plan and the objectives' data into whole accumulation windows.
+
+Lightning steps the optimizer after every ``accumulate_grad_batches`` micro-batches, counted from the start of the epoch.
+So each window here is exactly that many micro-batches, never of two objectives; a short last window of a pass is split
+over all of its slots, and a slot that stays empty carries one row without labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hbat_lightning.errors import DataError, UserError
+from hbat_lightning.schedules import Phase, Plan, Schedule
+
+
+class MicroBatch(NamedTuple):
+    """What the module gets in one ``training_step`` or ``validation_step``.
+
+    Attributes:
+        inputs: Tensors of the objective's collation.
+        objective: Name of the objective.
+        scale: Factor for a *sum* of losses over this micro-batch, such that Lightning's mean over the window's
+            micro-batches is the mean over all units (supervised tokens, pairs) of the window.
+        phase: Index of the phase in the run.
+        round: The round.
+        step: Optimizer step inside the phase.
+        last: Whether this micro-batch completes the window.
+        seed: Seed for whatever is random in this micro-batch.
+    """
+
+    inputs: dict[str, Tensor]
+    objective: str
+    scale: float = 1.0
+    phase: int = 0
+    round: int = 0
+    step: int = 0
+    last: bool = True
+    seed: int = 0
+
+
+class TrainingSet(Protocol):
+    """Rows of one objective, ready to be collated."""
+
+    source: str
+    digest: str
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def units(self, row: int) -> int:
+        """How much a row counts in the mean of the loss: its supervised tokens, or 1 for a pair."""
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors of some rows."""
+
+    def blank(self) -> dict[str, Tensor]:
+        """Tensors of one row with nothing supervised: a forward pass with gradient zero."""
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but the parts, in any process and on any machine."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@lru_cache(maxsize=4)  # every window of a pass asks for the same order
+def permutation(size: int, *parts: object) -> tuple[int, ...]:
+    """A random order of ``range(size)`` from a generator of its own, seeded by the parts."""
+    generator = torch.Generator().manual_seed(stable_seed(*parts))
+    return tuple(torch.randperm(size, generator=generator).tolist())
+
+
+def make_shards(data: TrainingSet, objective: str, shards: int, seed: int) -> list[tuple[int, ...]]:
+    """Cut a data set into disjoint shards of nearly equal size, at random.
+
+    Args:
+        data: The rows.
+        objective: Name of the objective.
+        shards: How many shards.
+        seed: Seed of the run.
+
+    Returns:
+        The row numbers of every shard.
+
+    Raises:
+        DataError: When there are fewer rows than shards.
+    """
+    if len(data) < shards:
+        raise DataError(
+            f"{len(data)} usable {objective} rows are fewer than the schedule's {shards} rounds",
+            data.source,
+            remedy="Add rows, or lower model.init_args.schedule.init_args.rounds",
+        )
+    order = permutation(len(data), seed, objective, "shards")
+    cuts = [len(data) * number // shards for number in range(shards + 1)]
+    return [order[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)]
+
+
+class WindowStream:
+    """The training data of a run, one Trainer epoch per round, with a position that can be saved.
+
+    ``__len__`` and the ``sampler`` property are what Lightning asks for: with a length it does not prefetch, so the
+    saved position is that of the batch in hand; and it announces a new epoch through ``sampler``.
+
+    Args:
+        schedule: Lays out the phases.
+        data: Per objective its rows; those the schedule names must be there.
+        batch_size: Rows (pairs) in a micro-batch.
+        accumulate: Micro-batches in a window.
+        seed: Seed of the run: the order of rows and the seeds of micro-batches follow from it.
+    """
+
+    def __init__(
+        self, schedule: Schedule, data: Mapping[str, TrainingSet], batch_size: int, accumulate: int, seed: int
+    ) -> None:
+        self.data, self.batch_size, self.accumulate, self.seed = dict(data), batch_size, accumulate, seed
+        self.shards = {name: make_shards(rows, name, schedule.shards, seed) for name, rows in self.data.items()}
+        self.plan: Plan = schedule.plan(
+            {name: [self._windows_per_pass(len(shard)) for shard in shards] for name, shards in self.shards.items()}
+        )
+        self.round = 0
+        self.position = 0
+
+    @property
+    def sampler(self) -> WindowStream:
+        """Itself: Lightning calls ``sampler.set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of a round, unless it is the round the stream is already in."""
+        if epoch != self.round:
+            self.round, self.position = epoch, 0
+
+    def __len__(self) -> int:
+        """Micro-batches in the current round."""
+        if self.round >= len(self.plan.rounds):
+            return 0
+        return sum(phase.windows for phase in self.plan.rounds[self.round]) * self.accumulate
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Micro-batches from the saved position to the end of the round."""
+        number = 0
+        for phase in self.plan.rounds[self.round]:
+            for step in range(phase.windows):
+                if number + self.accumulate <= self.position:  # skip a finished window without collating it
+                    number += self.accumulate
+                    continue
+                window = self._window(phase, step)
+                for batch in window[max(0, self.position - number) :]:
+                    self.position += 1  # before the yield: the saved position names the next micro-batch
+                    yield batch
+                number += self.accumulate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and fingerprint, in plain types."""
+        return {"round": self.round, "position": self.position, "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            UserError: When the position was saved under other settings, where it would mean other rows.
+        """
+        mine, theirs = self.fingerprint(), state["fingerprint"]
+        changed = [
+            f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in mine if mine[key] != theirs.get(key)
+        ]
+        if changed:
+            raise UserError(
+                "cannot go on from this checkpoint, the training data would be in another order: "
+                + "; ".join(changed)
+                + ". Restore these settings, or start a new run in another folder"
+            )
+        self.round, self.position = state["round"], state["position"]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides which rows a position means."""
+        rows = {f"{name} rows": f"{len(data)} ({data.digest})" for name, data in self.data.items()}
+        rounds = [[(phase.objective, phase.shard, phase.windows) for phase in phases] for phases in self.plan.rounds]
+        plan = hashlib.blake2b(repr(rounds).encode(), digest_size=8).hexdigest()
+        return {
+            "batch_size": self.batch_size,
+            "accumulate_grad_batches": self.accumulate,
+            "seed": self.seed,
+            "schedule": f"{len(rounds)} rounds, {self.plan.total_steps} steps ({plan})",
+            **rows,
+        }
+
+    def _windows_per_pass(self, rows: int) -> int:
+        return -(-rows // (self.batch_size * self.accumulate))
+
+    def _rows(self, phase: Phase, step: int) -> list[int]:
+        shard = self.shards[phase.objective][phase.shard]
+        epoch, number = divmod(phase.first_window + step, self._windows_per_pass(len(shard)))
+        size = self.batch_size * self.accumulate
+        # Named by shard and pass, not by round or phase: an objective meets its rows in one order, alone or in a hybrid.
+        order = permutation(len(shard), self.seed, phase.objective, phase.shard, epoch)
+        return [shard[place] for place in order[number * size : (number + 1) * size]]
+
+    def _window(self, phase: Phase, step: int) -> list[MicroBatch]:
+        data, rows = self.data[phase.objective], self._rows(phase, step)
+        scale = self.accumulate / max(1, sum(data.units(row) for row in rows))
+        cuts = [len(rows) * slot // self.accumulate for slot in range(self.accumulate + 1)]
+        window = []
+        for slot in range(self.accumulate):
+            part = rows[cuts[slot] : cuts[slot + 1]]
+            window.append(
+                MicroBatch(
+                    inputs=data.collate(part) if part else data.blank(),
+                    objective=phase.objective,
+                    scale=scale,
+                    phase=phase.index,
+                    round=phase.round,
+                    step=phase.offset + step,
+                    last=slot == self.accumulate - 1,
+                    seed=stable_seed(self.seed, phase.objective, phase.shard, phase.first_window + step, slot),
+                )
+            )
+        return window

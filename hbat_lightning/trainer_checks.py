@@ -1,0 +1,106 @@
+"""Trainer settings: what is refused because it cannot be honoured, and where validation falls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from hbat_lightning.errors import UserError
+from hbat_lightning.schedules import Plan
+
+if TYPE_CHECKING:
+    from hbat_lightning.policy import Policy
+
+LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
+
+
+def check_trainer(trainer: Trainer, plan: Plan, policy: Policy) -> None:
+    """Refuse Trainer settings under which phases, windows or precision would not be what was asked for.
+
+    Raises:
+        UserError: Says which setting, and what to use instead.
+    """
+    rounds = len(plan.rounds)
+    if trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS and rounds < LIGHTNING_DEFAULT_EPOCHS:
+        trainer.fit_loop.max_epochs = rounds
+        rank_zero_info(f"max_epochs follows the schedule: {rounds}")
+    for refused, message in _refusals(trainer, plan, policy):
+        if refused:
+            raise UserError(message)
+
+
+def _refusals(trainer: Trainer, plan: Plan, policy: Policy) -> list[tuple[bool, str]]:
+    rounds = len(plan.rounds)
+    lengths = {sum(phase.windows for phase in phases) for phases in plan.rounds}
+    half = str(trainer.precision) in ("bf16-true", "16-true")
+    accumulation = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return [
+        (
+            trainer.max_epochs is not None and trainer.max_epochs > rounds,
+            f"trainer.max_epochs {trainer.max_epochs} is more than the schedule's {rounds} rounds: leave it out, or change "
+            "the schedule",
+        ),
+        (
+            not isinstance(trainer.strategy, SingleDeviceStrategy),
+            f"{type(trainer.strategy).__name__} is not supported: train on one device, with --trainer.devices 1 and "
+            "--trainer.strategy auto",
+        ),
+        (
+            trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run,
+            "trainer.limit_train_batches would cut rounds off before their preference phase: use "
+            "data.init_args.instruction.limit and .preference.limit, or trainer.max_steps",
+        ),
+        (
+            trainer.overfit_batches != 0,
+            "trainer.overfit_batches is not supported: use data.init_args.instruction.limit and .preference.limit",
+        ),
+        (
+            accumulation,
+            "GradientAccumulationScheduler would break windows: use a constant trainer.accumulate_grad_batches",
+        ),
+        (
+            half,
+            f"trainer.precision {trainer.precision} would cast trained tensors, whose small steps half precision loses: use "
+            "bf16-mixed, and policy.init_args.dtype bfloat16 for the frozen base",
+        ),
+        (
+            trainer.check_val_every_n_epoch is None,
+            "trainer.check_val_every_n_epoch null is not supported: validation falls at every switch; for more of it set "
+            "trainer.val_check_interval to a number of micro-batches",
+        ),
+        (
+            isinstance(trainer.val_check_interval, str) or trainer._val_check_time_interval is not None,
+            "a trainer.val_check_interval in time is not supported: give a number of micro-batches",
+        ),
+        (
+            len(lengths) > 1 and trainer.reload_dataloaders_every_n_epochs != 1,  # type: ignore[attr-defined]
+            "rounds differ in length: pass reload_dataloaders_every_n_epochs=1 to the Trainer, or it would cut longer ones",
+        ),
+    ]
+
+
+def next_validation(trainer: Trainer, plan: Plan, batch_idx: int) -> None:
+    """Have Lightning validate at the next end of a phase, or earlier where ``val_check_interval`` says so.
+
+    Lightning validates after micro-batch i when ``(i + 1) % trainer.val_check_batch == 0``; with the next wanted point as
+    ``val_check_batch`` that is true at this point and nowhere before it.
+
+    Args:
+        trainer: The running trainer.
+        plan: The phases.
+        batch_idx: Micro-batch of the current epoch, from 0; -1 before the first.
+    """
+    if trainer.current_epoch >= len(plan.rounds):
+        return
+    done, end = max(batch_idx, 0) + 1, 0
+    for phase in plan.rounds[trainer.current_epoch]:
+        end += phase.windows * trainer.accumulate_grad_batches
+        if end >= done:
+            break
+    interval = trainer.val_check_interval
+    every = interval if isinstance(interval, int) else int(trainer.num_training_batches * interval)
+    trainer.val_check_batch = min(end, -(-done // max(1, every)) * max(1, every))

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import pytest
+
+from hbat_lightning.data import embedded
+from hbat_lightning.data.readers import RawRow, read_rows
+from hbat_lightning.errors import DataError, UserError
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "é\u2028x", "completion": "line\nend"}]
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def json_lines(rows: list[dict[str, str]]) -> str:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+
+
+def values(path: str, **options: object) -> list[dict[str, object]]:
+    return [row.values for row in read_rows(path, **options)]
+
+
+def fault(path: str, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read_rows(path, **options)
+    message = str(caught.value)
+    assert message.startswith(str(caught.value.source))
+    assert "\n" not in message
+    assert caught.value.remedy
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("alpaca_en_demo.json", 999),
+        ("dpo_en_demo.json", 300),
+        ("kto_en_demo.json", 300),
+        ("hh_rlhf_harmless_base_test.jsonl.gz", 2312),
+    ],
+)
+def test_real_files_are_read_whole(name: str, count: int) -> None:
+    if not DATA.is_dir():
+        pytest.skip(f"the real data are not at {DATA}")
+    rows = read_rows(str(DATA / name))
+    assert len(rows) == count
+    assert [row.number for row in rows] == list(range(1, count + 1))
+    assert {row.source for row in rows} == {str(DATA / name)}
+
+
+class TestKindsOfFiles:
+    def test_json_lines_count_physical_lines_and_keep_unicode_line_separators(self, tmp_path: Path) -> None:
+        first, second = json_lines(ROWS).splitlines(keepends=False)[0], json.dumps(ROWS[1], ensure_ascii=False)
+        path = write(tmp_path / "a.jsonl", f"\n{first}\n\n{second}\r\n")
+        assert read_rows(path) == [RawRow(path, 2, ROWS[0]), RawRow(path, 4, ROWS[1])]
+
+    @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+    def test_json_array(self, tmp_path: Path, name: str) -> None:
+        text = json.dumps(ROWS, indent=2).encode()
+        path = write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)
+        assert read_rows(path) == [RawRow(path, 1, ROWS[0]), RawRow(path, 2, ROWS[1])]
+
+    def test_json_object_with_one_list(self, tmp_path: Path) -> None:
+        assert values(write(tmp_path / "a.json", json.dumps({"version": 1, "data": ROWS}))) == ROWS
+
+    @pytest.mark.parametrize("name", ["a.ndjson", "a.jsonl.gz", "A.JSONL"])
+    def test_json_lines_by_other_names(self, tmp_path: Path, name: str) -> None:
+        text = json_lines(ROWS).encode()
+        assert values(write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)) == ROWS
+
+    @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+    def test_tables_number_rows_by_the_line_they_start_on(self, tmp_path: Path, name: str, delimiter: str) -> None:
+        text = f'prompt{delimiter}completion\n"two\nlines"{delimiter}b\n\n"c, ""d"""{delimiter}e\n'.encode()
+        path = write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)
+        expected = [
+            RawRow(path, 2, {"prompt": "two\nlines", "completion": "b"}),
+            RawRow(path, 5, {"prompt": 'c, "d"', "completion": "e"}),
+        ]
+        assert read_rows(path) == expected
+
+    def test_a_long_field_is_read_and_the_csv_limit_is_put_back(self, tmp_path: Path) -> None:
+        before = csv.field_size_limit()
+        assert values(write(tmp_path / "a.csv", "p\n" + "x" * 200_000)) == [{"p": "x" * 200_000}]
+        assert csv.field_size_limit() == before
+
+    def test_parquet(self, tmp_path: Path) -> None:
+        datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+        assert values(str(tmp_path / "a.parquet")) == ROWS
+
+    def test_byte_order_mark_is_not_part_of_the_first_column(self, tmp_path: Path) -> None:
+        assert values(write(tmp_path / "a.csv", b"\xef\xbb\xbfp,q\n1,2\n")) == [{"p": "1", "q": "2"}]
+
+    def test_embedded_rows(self) -> None:
+        rows = read_rows(embedded.INSTRUCTION, limit=3)
+        assert [row.values for row in rows] == embedded.rows(embedded.INSTRUCTION)[:3]
+        assert rows[0] == RawRow(embedded.INSTRUCTION, 1, embedded.rows(embedded.INSTRUCTION)[0])
+
+    def test_limit_does_not_look_behind_itself(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", json_lines(ROWS) + "{broken")
+        assert values(path, limit=2) == ROWS
+        with pytest.raises(UserError, match="at least one row"):
+            read_rows(path, limit=0)
+
+
+class TestFolders:
+    def test_saved_dataset_and_nothing_is_unpickled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+        for name in ("load", "loads", "Unpickler", "_Unpickler"):
+            monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("something was unpickled"))
+        assert values(str(tmp_path / "saved")) == ROWS
+
+    def test_saved_dataset_with_splits(self, tmp_path: Path) -> None:
+        splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+        datasets.DatasetDict(splits).save_to_disk(str(tmp_path))
+        assert values(str(tmp_path)) == ROWS
+        assert values(str(tmp_path), split="test") == ROWS[:1]
+        assert "no split 'dev'" in (message := fault(str(tmp_path), split="dev"))
+        assert "train, test" in message
+
+    def test_damaged_saved_dataset(self, tmp_path: Path) -> None:
+        write(tmp_path / "state.json", "{}")
+        assert "cannot be read" in fault(str(tmp_path))
+
+    def test_folder_of_files_in_order_without_hidden_ones(self, tmp_path: Path) -> None:
+        write(tmp_path / "b.jsonl", '{"n": 2}')
+        write(tmp_path / "a.json", '[{"n": 1}]')
+        write(tmp_path / "README.md", "text")
+        write(tmp_path / ".cache" / "c.jsonl", '{"n": 3}')
+        assert read_rows(str(tmp_path)) == [
+            RawRow(str(tmp_path / "a.json"), 1, {"n": 1}),
+            RawRow(str(tmp_path / "b.jsonl"), 1, {"n": 2}),
+        ]
+
+    def test_splits_in_a_folder_are_never_mixed(self, tmp_path: Path) -> None:
+        write(tmp_path / "train-00000.jsonl", '{"n": 1}')
+        write(tmp_path / "test.jsonl", '{"n": 2}')
+        assert "several splits (test, train)" in fault(str(tmp_path))
+        assert values(str(tmp_path), split="train") == [{"n": 1}]
+        assert "no file of the split 'dev'" in fault(str(tmp_path), split="dev")
+
+    def test_folder_without_data(self, tmp_path: Path) -> None:
+        write(tmp_path / "notes.txt", "x")
+        assert "holds no data files" in fault(str(tmp_path))
+
+
+class TestHub:
+    def test_a_name_that_is_not_on_disk_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load_dataset(name: str, **options: object) -> datasets.Dataset:
+            asked.append((name, options))
+            return datasets.Dataset.from_list(ROWS)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        assert read_rows("owner/name")[0] == RawRow("owner/name", 1, ROWS[0])
+        read_rows("squad", split="test")
+        assert asked == [("owner/name", {"split": "train"}), ("squad", {"split": "test"})]
+
+    def test_failure_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load_dataset(name: str, **options: object) -> None:
+            raise ConnectionError("no route\nto host")
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        message = fault("owner/name")
+        assert "ConnectionError: no route" in message
+        assert "Check the path or the id, the split, the network" in message
+
+    @pytest.mark.parametrize("path", ["nowhere/a.jsonl", "./name", "/no/such/place", "a/b/c"])
+    def test_paths_never_reach_the_hub(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+        assert "no such file or folder" in fault(path)
+
+
+class TestFaults:
+    def test_missing_file_suggests_its_neighbour(self, tmp_path: Path) -> None:
+        write(tmp_path / "alpaca.jsonl", "{}")
+        assert f"Did you mean {tmp_path / 'alpaca.jsonl'}?" in fault(str(tmp_path / "alpacca.jsonl"))
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+    def test_empty_file(self, tmp_path: Path, name: str) -> None:
+        assert "the file is empty" in fault(write(tmp_path / name, " \n"))
+
+    @pytest.mark.parametrize(("name", "text"), [("a.json", "[]"), ("a.csv", "p,q\n")])
+    def test_file_without_rows(self, tmp_path: Path, name: str, text: str) -> None:
+        assert "holds no rows" in fault(write(tmp_path / name, text))
+
+    def test_broken_json_array_names_line_and_element(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.json", '[\n {"a": [1, 2]},\n {"a": 2},\n {"a": }\n]'))
+        assert "row 3: broken JSON at line 4, column 8 (in element 3 of the array)" in message
+
+    def test_json_array_that_breaks_off(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.json", '[{"a": 1},\n{"a": "x'))
+        assert "at line 2" in message
+        assert "element 2" in message
+
+    def test_missing_comma(self, tmp_path: Path) -> None:
+        assert "at line 2, column 1" in fault(write(tmp_path / "a.json", '[{"a": 1}\n{"a": 1}]'))
+
+    def test_json_lines_in_a_json_file(self, tmp_path: Path) -> None:
+        assert "Name a file with one object per line .jsonl" in fault(write(tmp_path / "a.json", json_lines(ROWS)))
+
+    def test_json_array_in_a_json_lines_file(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.jsonl", "[{}]"))
+        assert "row 1: the row is a list, not an object" in message
+        assert "must be named .json" in message
+
+    @pytest.mark.parametrize("text", ['{"a": [], "b": []}', '{"a": 1}'])
+    def test_object_whose_rows_cannot_be_told(self, tmp_path: Path, text: str) -> None:
+        assert "rows cannot be told" in fault(write(tmp_path / "a.json", text))
+
+    def test_json_scalar(self, tmp_path: Path) -> None:
+        assert "the file is a single int" in fault(write(tmp_path / "a.json", "3"))
+
+    def test_broken_line(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a": 1\n'))
+        assert "a.jsonl, row 3: broken JSON" in message
+
+    @pytest.mark.parametrize(("name", "text"), [("a.json", '[{"a": 1}, "x"]'), ("a.jsonl", '{"a": 1}\n"x"')])
+    def test_row_that_is_no_object(self, tmp_path: Path, name: str, text: str) -> None:
+        assert "row 2: the row is a str, not an object" in fault(write(tmp_path / name, text))
+
+    def test_nesting_without_end(self, tmp_path: Path) -> None:
+        assert "nested too deeply" in fault(write(tmp_path / "a.json", "[" * 200_000))
+        assert "row 1" in fault(write(tmp_path / "a.jsonl", "[" * 200_000))
+
+    def test_not_utf8(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n'))
+        assert "not UTF-8: byte 0xe9 at offset 19, line 2" in message
+        assert "UTF-8" in message.split("line 2")[1]
+
+    def test_unknown_suffix(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.txt", "x"))
+        assert "kind of file is not known" in message
+        assert ".jsonl" in message
+
+    @pytest.mark.parametrize("content", [b"plain text", gzip.compress(b'{"a": 1}\n' * 99)[:-12]])
+    def test_damaged_gzip(self, tmp_path: Path, content: bytes) -> None:
+        assert "gzip data is damaged" in fault(write(tmp_path / "a.jsonl.gz", content))
+
+    def test_damaged_parquet(self, tmp_path: Path) -> None:
+        assert "not a readable Parquet file" in fault(write(tmp_path / "a.parquet", b"PAR1 and then nothing PAR1"))
+
+    def test_ragged_table(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "a.csv", 'p,q\n"1\n1",2\n1,2,3\n'))
+        assert "row 4: the row has 3 fields, the header has 2" in message
+
+    def test_open_quotation(self, tmp_path: Path) -> None:
+        assert "row 3: the row cannot be parsed" in fault(write(tmp_path / "a.csv", 'p,q\n1,2\n1,"2\n3,4\n'))
+
+    def test_column_named_twice(self, tmp_path: Path) -> None:
+        assert "names a column twice" in fault(write(tmp_path / "a.csv", "p,p\n1,2\n"))
