@@ -15,8 +15,8 @@ from hbat_lightning.stream import MicroBatch
 class WindowCheckpoint(ModelCheckpoint):
     """Saves after every validation (so at every switch), and every few optimizer steps in between.
 
-    Only where nothing is in flight: never inside an accumulation window, whose gradients no file holds, and never between
-    the last step of a phase and its validation, which a resumed run would skip.
+    Only where nothing is in flight: never inside an accumulation window, whose gradients no file holds, and never
+    between the last step of a phase and its validation, which a resumed run would skip.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints inside a phase; only at switches when not given.
@@ -39,9 +39,15 @@ class WindowCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save inside a phase."""
-        ends_phase = isinstance(pl_module, AlignmentModule) and pl_module.plan.ended_at(trainer.global_step) is not None
-        validates = trainer.val_check_batch is not None and (batch_idx + 1) % trainer.val_check_batch == 0
-        if isinstance(batch, MicroBatch) and batch.last and not ends_phase and not validates:
+        if not isinstance(pl_module, AlignmentModule) or not isinstance(batch, MicroBatch) or not batch.last:
+            return
+        stops = trainer.should_stop or trainer.global_step == trainer.max_steps
+        validates = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        if pl_module.plan.ended_at(trainer.global_step) is not None or (validates and not stops):
+            return
+        if stops:
+            self._save_now(trainer)
+        else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,8 +55,12 @@ class WindowCheckpoint(ModelCheckpoint):
         self._save_now(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of a round that had no validation."""
-        self._save_now(trainer)
+        """Save at the end of a round that had no validation.
+
+        Not where a limit has cut the round off: Lightning's counters then say that it is over.
+        """
+        if isinstance(pl_module, AlignmentModule) and pl_module.plan.round_ends_at(trainer.global_step):
+            self._save_now(trainer)
 
     def _save_now(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -115,7 +115,8 @@ class ElasticWeightConsolidation(PhaseCallback):
         task_norm = _norm(grads)
         pulls = torch._foreach_sub([trained[name].detach() for name in names], [anchors[name] for name in names])
         squares = [(self._factors[name] * pull.square()).sum() for name, pull in zip(names, pulls, strict=True)]
-        torch._foreach_mul_(pulls, [2.0 * self._factors[name] for name in names])
+        doubled: list[Any] = [2.0 * self._factors[name] for name in names]
+        torch._foreach_mul_(pulls, doubled)
         torch._foreach_add_(grads, list(pulls))
         return {"penalty": torch.stack(squares).sum(), "pull_norm": _norm(list(pulls)), "task_gradient_norm": task_norm}
 
@@ -146,8 +147,8 @@ class ElasticWeightConsolidation(PhaseCallback):
             self._factors = {name: factor if factor.dim() else factor.item() for name, factor in factors.items()}
 
     def _warn(self, module: AlignmentModule, begun: PhaseKey) -> None:
-        steps = next(phase.length for phase in module.plan.phases if phase.index == begun.index)
-        where = f"EWC, phase {begun.index} ({begun.objective})"
+        steps = next(phase.length for phase in module.plan.phases if phase.index == begun.number)
+        where = f"EWC, phase {begun.number} ({begun.objective})"
         count = len(self._factors)
         rank_zero_info(f"{where}: holds {self._effective:.1f} of {count} tensors")
         if count > 1 and self._effective < 1.5:
@@ -192,4 +193,5 @@ def _anchors(module: AlignmentModule) -> dict[str, Tensor]:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).norm()
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+    return norms.square().sum().sqrt()

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.trainer_checks import is_dry_run
 
 
 class PolicyExport(Callback):
@@ -16,7 +17,7 @@ class PolicyExport(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, while the weights still are where they were trained."""
-        if isinstance(pl_module, AlignmentModule) and not trainer.fast_dev_run:
+        if isinstance(pl_module, AlignmentModule) and not is_dry_run(trainer):
             pl_module.policy.export(self.folder(trainer, pl_module))
 
     @staticmethod

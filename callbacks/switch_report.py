@@ -14,14 +14,15 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.report import draw_switches, read_switches, switch_table
 from hbat_lightning.schedules import Phase
 from hbat_lightning.switches import PhaseCallback
+from hbat_lightning.trainer_checks import is_dry_run
 
 
 class SwitchReport(PhaseCallback):
-    """Writes ``switches.jsonl`` in the run folder: a row per phase, with held-out figures of both objectives before and
-    after, how far each trained tensor moved, and the EWC pull. At the end it prints a table and draws ``switches.png``.
+    """Writes ``switches.jsonl`` in the run folder, a row per phase; at the end prints a table and draws ``switches.png``.
 
-    The module validates at every switch; the figures before the first phase come from the sanity check, which therefore
-    must run over all held-out rows (``num_sanity_val_steps: -1``, the command line's default).
+    A row holds the held-out figures of both objectives before and after the phase, how far each trained tensor moved,
+    and the EWC pull. The module validates at every switch; the figures before the first phase come from the sanity
+    check, which therefore must run over all held-out rows (``num_sanity_val_steps: -1``, the command line's default).
 
     Args:
         drift: Record the root-mean-square change of each trained tensor. Needs the phase-start snapshot, which a full
@@ -40,7 +41,7 @@ class SwitchReport(PhaseCallback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In a resumed run drop the rows of steps that will be done again."""
-        if trainer.fast_dev_run or trainer.global_step == 0:
+        if is_dry_run(trainer) or trainer.global_step == 0:
             return
         rows = [row for row in read_switches(self.path(trainer)) if row["step"] <= trainer.global_step]
         self.path(trainer).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,7 +51,7 @@ class SwitchReport(PhaseCallback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the figures; where a phase has just ended, write its row."""
-        if not isinstance(pl_module, AlignmentModule) or trainer.fast_dev_run:
+        if not isinstance(pl_module, AlignmentModule) or is_dry_run(trainer):
             return
         results = dict(pl_module.validation_results)
         if trainer.sanity_checking:
@@ -63,7 +64,7 @@ class SwitchReport(PhaseCallback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and draw the picture."""
-        rows = [] if trainer.fast_dev_run else read_switches(self.path(trainer))
+        rows = [] if is_dry_run(trainer) else read_switches(self.path(trainer))
         if rows:
             draw_switches(rows, self.path(trainer).with_suffix(".png"))
             print("\nheld-out figures, before → after each phase\n" + switch_table(rows) + "\n")
@@ -74,7 +75,8 @@ class SwitchReport(PhaseCallback):
         return Path(trainer.default_root_dir) / "switches.jsonl"
 
     def _write(self, trainer: Trainer, module: AlignmentModule, phase: Phase, results: dict[str, float]) -> None:
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("ewc/")}
+        metrics = sorted(trainer.callback_metrics.items())
+        logged = {name: float(value) for name, value in metrics if name.startswith("ewc/")}
         row: dict[str, Any] = {
             "phase": phase.index,
             "round": phase.round,

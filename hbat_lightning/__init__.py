@@ -1,5 +1,10 @@
 """Hybrid alignment training (Hbat, arXiv 2406.15178) as a collection of Lightning parts."""
 
+from hbat_lightning import quiet  # isort: skip  before the libraries that it silences
+
+quiet.install()
+
+# ruff: noqa: E402
 from hbat_lightning.data.module import DataSource, HybridDataModule
 from hbat_lightning.hybrid import HybridAlignmentModule
 from hbat_lightning.objectives import DPOModule, SFTModule

@@ -26,7 +26,7 @@ from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import GenerationSettings, Policy, Reference
-from hbat_lightning.schedules import Plan, Schedule
+from hbat_lightning.schedules import INSTRUCTION, Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
 from hbat_lightning.sums import Sums, Totals
 from hbat_lightning.switches import PhaseCallback, PhaseKey
@@ -140,7 +140,7 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before weights are loaded."""
         if stage == "fit":
-            check_trainer(self.trainer, self.plan, self.policy)
+            check_trainer(self.trainer, self.plan)
             for note in self._data.notes:
                 rank_zero_info(note)
 
@@ -253,7 +253,7 @@ class AlignmentModule(LightningModule):
             Gradient of the row's loss by parameter name; ``.grad`` is left alone.
         """
         stream, objective = self._data.stream, phase.objective
-        shard = next(part.shard for part in self.plan.phases if part.index == phase.index)
+        shard = next(part.shard for part in self.plan.phases if part.index == phase.number)
         trained = self.policy.trained_parameters()
         self.policy.set_training(dropout=False)
         for row in stream.shards[objective][shard][:count]:
@@ -302,7 +302,7 @@ class AlignmentModule(LightningModule):
     def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, as plain rows."""
         tokenizer = self.policy.tokenizer
-        stop = self._data.encoder("instruction", tokenizer).template.stop_token_id
+        stop = self._data.encoder(INSTRUCTION, tokenizer).stop_token_id
         generated = self.policy.generate(
             batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
         )
@@ -319,7 +319,7 @@ class AlignmentModule(LightningModule):
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What trains and its snapshots; never the base of an adapter."""
         return trained_state(super().state_dict(*args, **kwargs), self.policy)
 

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, in full precision or quantised, and saying exactly what was loaded."""
+"""Loading a causal language model and its tokenizer, in full precision or quantised."""
 
 from __future__ import annotations
 

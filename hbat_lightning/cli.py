@@ -20,6 +20,7 @@ from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import UserError
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import latest_checkpoint, mark_finished, require_free
+from hbat_lightning.trainer_checks import is_dry_run
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/hbat",
@@ -68,7 +69,7 @@ class HbatCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Mark the run as finished, and say where things are."""
-        if self.trainer.fast_dev_run:
+        if is_dry_run(self.trainer):
             return
         mark_finished(self.run_folder, {"steps": self.trainer.global_step, "rounds": self.trainer.current_epoch})
         names = ("metrics.csv", "switches.jsonl", "switches.png", "config.yaml", "checkpoints", "adapter", "model")

@@ -47,8 +47,13 @@ class Importance(ABC):
             Per parameter a scalar, or a tensor of its shape.
         """
 
-    def observe(self, gradients: Tensors, units: float) -> None:
-        """See the task's gradient of one optimizer step, before any penalty is added to it."""
+    def observe(self, gradients: Tensors, units: float) -> None:  # noqa: B027  most importances ignore gradients
+        """See the task's gradient of one optimizer step, before any penalty is added to it.
+
+        Args:
+            gradients: Per parameter the gradient of the window's mean loss.
+            units: What the mean is over: supervised tokens, or pairs.
+        """
 
     def accumulate(self, old: Tensors | None, new: Tensors) -> dict[str, Tensor]:
         """``decay · old + new``."""
@@ -60,7 +65,7 @@ class Importance(ABC):
         """What has been observed in the phase in hand."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027  most importances have no state
         """Take over what had been observed."""
 
     def _reduce(self, value: Tensor) -> Tensor:
@@ -247,7 +252,7 @@ class ProportionalWeights(ImportanceWeights):
     def weights(self, importance: Tensors, strength: float) -> dict[str, Tensor]:
         """See :meth:`ImportanceWeights.weights`."""
         flat = torch.cat([value.flatten().double() for value in importance.values()])
-        parts = proportional_weights(flat, self.tau).split([value.numel() for value in importance.values()])
+        parts = torch.split(proportional_weights(flat, self.tau), [value.numel() for value in importance.values()])
         return {
             name: (strength * part).float().reshape(value.shape)
             for (name, value), part in zip(importance.items(), parts, strict=True)

@@ -139,6 +139,7 @@ class Policy(nn.Module):
         self._snapshots: dict[str, dict[str, Tensor]] = {}
         self._adapter_layers: list[BaseTunerLayer] = []
         self._takes_positions = False
+        self._size = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,6 +167,7 @@ class Policy(nn.Module):
             return
         model = load_model(self.spec, device)
         self.base_fingerprint = fingerprint(model)
+        self._size = _element_count(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         if self.lora is None:
             self.model = model
@@ -173,6 +175,7 @@ class Policy(nn.Module):
         else:
             self.model = self._attach_adapter(model, self.lora)
             self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+            self._size += sum(parameter.numel() for parameter in self.trained_parameters().values())
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for reference in sorted(set(references)):
@@ -279,7 +282,7 @@ class Policy(nn.Module):
     def describe(self) -> list[str]:
         """Lines for the start of a run: what trains, in what precision, and what the references cost."""
         trained = self.trained_parameters().values()
-        count, total = sum(p.numel() for p in trained), _element_count(self._model)
+        count, total = sum(p.numel() for p in trained), self._size
         kind = "full fine-tune" if self.lora is None else f"LoRA r {self.lora.r}"
         lines = [f"policy: {self.spec.name}, {kind}, {count:,} of {total:,} parameters train"]
         if self.spec.quantization != "none":
@@ -343,7 +346,7 @@ class Policy(nn.Module):
         """The same under a reference, without a graph and without dropout."""
         name = self._snapshot_name(reference)
         if self.lora is None:
-            return self._score(cast(nn.Module, self.frozen_copies[cast(str, name)]), inputs, with_correct=False)
+            return self._score(self.frozen_copies[cast(str, name)], inputs, with_correct=False)
         with self._adapters([] if name is None else [name]):
             return self._score(self._model, inputs, with_correct=False)
 
@@ -389,13 +392,14 @@ class Policy(nn.Module):
             do_sample=settings.temperature > 0,
             eos_token_id=stop_token_id,
             pad_token_id=pad_token_id,
+            use_cache=True,
             **(sampling if settings.temperature > 0 else {}),
         )
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()  # a checkpointed layer in training mode drops the key-value cache and garbles the text
         try:
             out = cast(Any, self._model).generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, use_cache=True
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config
             )
         finally:
             for module, training in modes:

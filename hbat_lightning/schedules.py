@@ -79,6 +79,10 @@ class Plan:
         begin = self._ends[position] - phase.windows
         return phase, step - begin + phase.offset
 
+    def round_ends_at(self, step: int) -> bool:
+        """Whether a round is complete after so many optimizer steps of the run."""
+        return step in accumulate(sum(phase.windows for phase in phases) for phases in self.rounds)
+
     def ended_at(self, step: int) -> Phase | None:
         """The last part of the phase that is complete after so many optimizer steps of the run, if one just is."""
         if step not in self._ends:

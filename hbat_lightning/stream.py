@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -99,7 +100,7 @@ def make_shards(data: TrainingSet, objective: str, shards: int, seed: int) -> li
         )
     order = permutation(len(data), seed, objective, "shards")
     cuts = [len(data) * number // shards for number in range(shards + 1)]
-    return [order[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)]
+    return [order[begin:end] for begin, end in pairwise(cuts)]
 
 
 class WindowStream:

@@ -14,11 +14,11 @@ class PhaseKey(NamedTuple):
     """A phase of the run.
 
     Attributes:
-        index: Its number, from 0.
+        number: Its index in the run, from 0.
         objective: The objective that trains in it.
     """
 
-    index: int
+    number: int
     objective: str
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -12,13 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from hbat_lightning.errors import UserError
 from hbat_lightning.schedules import Plan
 
-if TYPE_CHECKING:
-    from hbat_lightning.policy import Policy
-
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
 
 
-def check_trainer(trainer: Trainer, plan: Plan, policy: Policy) -> None:
+def is_dry_run(trainer: Any) -> bool:
+    """Whether this is a ``fast_dev_run``, which must leave no file."""
+    return bool(trainer.fast_dev_run)
+
+
+def check_trainer(trainer: Trainer, plan: Plan) -> None:
     """Refuse Trainer settings under which phases, windows or precision would not be what was asked for.
 
     Raises:
@@ -28,16 +30,16 @@ def check_trainer(trainer: Trainer, plan: Plan, policy: Policy) -> None:
     if trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS and rounds < LIGHTNING_DEFAULT_EPOCHS:
         trainer.fit_loop.max_epochs = rounds
         rank_zero_info(f"max_epochs follows the schedule: {rounds}")
-    for refused, message in _refusals(trainer, plan, policy):
+    for refused, message in _refusals(trainer, plan):
         if refused:
             raise UserError(message)
 
 
-def _refusals(trainer: Trainer, plan: Plan, policy: Policy) -> list[tuple[bool, str]]:
+def _refusals(trainer: Any, plan: Plan) -> list[tuple[bool, str]]:
     rounds = len(plan.rounds)
     lengths = {sum(phase.windows for phase in phases) for phases in plan.rounds}
     half = str(trainer.precision) in ("bf16-true", "16-true")
-    accumulation = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    accumulation = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)
     return [
         (
             trainer.max_epochs is not None and trainer.max_epochs > rounds,
@@ -77,7 +79,7 @@ def _refusals(trainer: Trainer, plan: Plan, policy: Policy) -> list[tuple[bool, 
             "a trainer.val_check_interval in time is not supported: give a number of micro-batches",
         ),
         (
-            len(lengths) > 1 and trainer.reload_dataloaders_every_n_epochs != 1,  # type: ignore[attr-defined]
+            len(lengths) > 1 and trainer.reload_dataloaders_every_n_epochs != 1,
             "rounds differ in length: pass reload_dataloaders_every_n_epochs=1 to the Trainer, or it would cut longer ones",
         ),
     ]

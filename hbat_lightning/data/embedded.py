@@ -35,6 +35,12 @@ _ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {
     PREFERENCE_VALIDATION: lambda: conflict_task.preference_rows()[1],
 }
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+# The text of a prompt as it is: what a post asks for stands in it, so turns need no headings.
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}{% else %} {{ message.content }}{% endif %}"
+    "{% endfor %}"
+)
 _SEED = 7
 _HIDDEN = 128  # every linear layer's sizes are multiples of 64, the block of 4-bit quantisation
 _COPY_STRENGTH = 2.0
@@ -100,13 +106,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, words.index(bos))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=_CHAT_TEMPLATE, **_SPECIAL
+    )
 
 
 def _tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A two-layer Llama with random weights, arranged so that a frozen base can be taught by adapters in seconds.
 
-    LoRA can learn the task on a plainly random base too, but needs three to four times the steps, most of them to find
+    LoRA can learn the task on a plainly random base too, but needs two to three times the steps, most of them to find
     out how to copy a word from the post into the answer. A pretrained model knows how to copy. Here attention has that
     ability by construction: value and output projection together move what is attended to into the subspace that the
     head reads, and the head's row of a word is that word's embedding after the same move. What to attend to, and all

@@ -86,7 +86,8 @@ class DPOModule(ObjectiveModule):
 
     def _sums(self, scores: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Sums:
         real = (inputs["labels"][:, 1:] != IGNORE).any(-1).view(2, -1).any(0)
-        losses, chosen, rejected = dpo_loss(*scores[:, real], *reference[:, real], self.beta, self.label_smoothing)
+        policy, anchor = scores[:, real], reference[:, real]
+        losses, chosen, rejected = dpo_loss(policy[0], policy[1], anchor[0], anchor[1], self.beta, self.label_smoothing)
         count = real.sum()
         return {
             "loss": (losses.sum(), count),

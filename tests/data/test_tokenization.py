@@ -31,7 +31,7 @@ LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-CORPUS = ["the cat sat on the mat and the dog sat by the door\n\nuser assistant system hello there\n" * 20]
+CORPUS = ["the cat sat on the mat and the dog sat by the door\n\nuser assistant system hello there\n\n\n\n\n" * 20]
 TALK = [Message("user", "hello\n"), Message("assistant", "\n the cat"), Message("user", "the dog")]
 
 
@@ -131,6 +131,15 @@ class TestLlama:
         assert ids == llama.apply_chat_template([{"role": "user", "content": "Hello"}])["input_ids"]
         assert ids.count(1) == 1
 
+    def test_later_turns_follow_the_stop_token_as_in_apply_chat_template(self, llama_folder: Path) -> None:
+        llama = LlamaTokenizer.from_pretrained(llama_folder, add_bos_token=True)
+        llama.chat_template = LLAMA2
+        talk = [Message("user", "Hello"), Message("assistant", "the cat"), Message("user", "What?")]
+        turns = [{"role": message.role, "content": message.content} for message in talk]
+        ids = encoder(llama, "chat").encode_prompt(talk)
+        assert ids == llama.apply_chat_template(turns)["input_ids"]
+        assert llama.convert_ids_to_tokens(ids[ids.index(2) + 1]) == "["  # no blank behind the stop token
+
     def test_bos_written_by_a_text_template_is_not_doubled(self, llama: Any) -> None:
         template = TextTemplate(user="<s>[INST] {content} [/INST]")
         assert encoder(llama, template).encode_prompt([Message("user", "Hello")]).count(1) == 1
@@ -181,8 +190,18 @@ class TestByteLevel:
     @pytest.mark.parametrize("answer", ["\n\n\nthe cat", "\nthe", "  the", "a", "aa", "é", "🙂 the"])
     def test_continuations_lose_nothing(self, answer: str) -> None:
         tokenizer = byte_level()
+        assert len(tokenizer.encode("\n\n")) == 1  # line ends merge, so not every text can stand behind one
         result = encoded(encoder(tokenizer).encode_instruction(ask("hello\n", answer)))
+        assert result.input_ids[result.prompt_length : -1].tolist() == tokenizer.encode(answer)
         assert tokenizer.decode(result.input_ids[:-1]) == "hello\n" + answer
+
+    def test_a_blank_before_texts_and_line_ends_that_merge(self) -> None:
+        vocabulary = {piece: number for number, piece in enumerate(["<unk>", "</s>", "▁", "\n", "\n\n", "h", "i", "a"])}
+        backend = Tokenizer(models.BPE(vocabulary, [("\n", "\n")], unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+        result = encoded(encoder(tokenizer).encode_instruction(ask("hi", "\nhi")))
+        assert tokenizer.convert_ids_to_tokens(result.input_ids.tolist()) == ["▁", "h", "i", "\n", "h", "i", "</s>"]
 
     def test_merges_are_counted_if_asked(self) -> None:
         tokenizer = byte_level()
@@ -193,6 +212,15 @@ class TestByteLevel:
         assert tokenizer.encode("the cat") != tokenizer.encode("the c") + tokenizer.encode("at")
         assert counting.counts == {"kept": 2, "boundary_merges": 1}
         assert other.counts == {"kept": 2}
+
+    @pytest.mark.parametrize(
+        ("supervise", "expected"), [("all", " one<|endoftext|> two<|endoftext|>"), ("last", " two<|endoftext|>")]
+    )
+    def test_earlier_answers_are_learnt_if_asked(self, supervise: str, expected: str) -> None:
+        talk = row(TALK[0], Message("assistant", " one"), TALK[2], Message("assistant", " two"))
+        result = encoded(encoder(tokenizer := byte_level(), supervise=supervise).encode_instruction(talk))
+        assert learnt(tokenizer, result) == expected
+        assert result.input_ids.tolist().count(0) == 2
 
 
 class TestChat:

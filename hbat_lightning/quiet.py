@@ -1,0 +1,37 @@
+"""Silences messages of other libraries that no user of this one can act on; each with its reason."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_LOGGED = {
+    # Advertisements of hosted services.
+    "lightning.pytorch.utilities.rank_zero": ("💡 Tip:",),
+    # On CPUs with AVX512-BF16 bitsandbytes looks for an optional package that would fetch a kernel from a hub.
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+}
+_WARNED = (
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 asks transformers 5 by its old name
+    "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning 2.6 inside itself, with torch 2.13
+    "Couldn't infer the batch indices",  # our loaders yield whole batches; nobody asks for indices
+    ".*does not have many workers",  # rows are encoded beforehand; collating them needs no worker
+    ".*Found .* module\\(s\\) in eval mode at the start of training",  # each phase sets the mode before its first step
+)
+
+
+def install() -> None:
+    """Add the filters."""
+    for name, beginnings in _LOGGED.items():
+        logging.getLogger(name).addFilter(_Without(beginnings))
+    for message in _WARNED:
+        warnings.filterwarnings("ignore", message=message)
+
+
+class _Without(logging.Filter):
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginnings)

@@ -1,0 +1,108 @@
+"""Shared pieces: the embedded model and small slices of its task, and modules and trainers made from them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a hub
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from hbat_lightning import (
+    DataSource,
+    DPOModule,
+    HybridAlignmentModule,
+    HybridDataModule,
+    LoraSettings,
+    Policy,
+    SFTModule,
+)
+from hbat_lightning.data import embedded
+from hbat_lightning.schedules import Rounds
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    # With several threads, sums may be split in another way from run to run, and bits differ.
+    torch.set_num_threads(1)
+    seed_everything(1234, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real data beside the repository; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real data are not beside this checkout (../shared/data)")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def make_policy() -> Callable[..., Policy]:
+    """A policy on the embedded model; LoRA of rank 4 unless told otherwise."""
+
+    def make(**settings: Any) -> Policy:
+        settings.setdefault("lora", LoraSettings(r=4, alpha=8))
+        return Policy(embedded.TINY_LLAMA, **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_data() -> Callable[..., HybridDataModule]:
+    """A data module on a few rows of the embedded task."""
+
+    def make(instruction: int = 24, preference: int = 12, **settings: Any) -> HybridDataModule:
+        settings.setdefault("batch_size", 2)
+        return HybridDataModule(
+            instruction=DataSource(embedded.INSTRUCTION, limit=instruction, val_fraction=0.25),
+            preference=DataSource(embedded.PREFERENCE, limit=preference, val_fraction=0.25),
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_hybrid(make_policy: Callable[..., Policy]) -> Callable[..., HybridAlignmentModule]:
+    """A hybrid of SFT and DPO in two rounds of 1 + 1 epochs."""
+
+    def make(policy: Policy | None = None, **settings: Any) -> HybridAlignmentModule:
+        settings.setdefault("schedule", Rounds(2, 1, 1))
+        settings.setdefault("instruction", SFTModule(lr=5e-3))
+        settings.setdefault("preference", DPOModule(beta=0.5, lr=2e-3))
+        return HybridAlignmentModule(policy or make_policy(), **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A quiet CPU trainer that writes below the test's folder."""
+
+    def make(**settings: Any) -> Trainer:
+        defaults: dict[str, Any] = {
+            "default_root_dir": tmp_path,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "reload_dataloaders_every_n_epochs": 1,
+            "gradient_clip_val": 1.0,
+            "accumulate_grad_batches": 3,
+        }
+        return Trainer(**(defaults | settings))
+
+    return make
