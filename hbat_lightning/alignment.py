@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -93,6 +94,7 @@ class AlignmentModule(LightningModule):
         self.validation_results: dict[str, float] = {}
         self._optimizer_states = OptimizerStateKeeper(optimizer_state)
         self._wants_snapshot = False
+        self._prepared: dict[str, str] = {}
         self._phase: PhaseKey | None = None
         self._window = Totals()
         self._held_out: dict[str, Totals] = {}
@@ -145,31 +147,35 @@ class AlignmentModule(LightningModule):
                 rank_zero_info(note)
 
     def configure_model(self) -> None:
-        """Build the policy; Lightning calls this before it restores a checkpoint."""
-        if self.policy.built:
-            return
-        device = self.trainer.strategy.root_device
-        references = {reference for objective in self.objectives.values() for reference in objective.references}
-        if self._wants_snapshot:
-            references.add("phase_start")
+        """Build the policy; Lightning calls this for every entry point, before it restores a checkpoint."""
+        device, fresh = self.trainer.strategy.root_device, not self.policy.built
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(stable_seed(self.run_seed, "policy") % 2**63)
-            self.policy.build(device, references if self.trainer.training or self.trainer.sanity_checking else ())
-        for line in self.policy.describe():
-            rank_zero_info(line)
-        self._prepare_evaluation(device)
+            torch.manual_seed(stable_seed(self.run_seed, "policy"))
+            self.policy.build(device)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                references = {reference for objective in self.objectives.values() for reference in objective.references}
+                self.policy.add_snapshots(references | ({"phase_start"} if self._wants_snapshot else set()))
+        if fresh:
+            for line in self.policy.describe():
+                rank_zero_info(line)
+        if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+            self._prepare_evaluation(device)
 
     @torch.no_grad()
     def _prepare_evaluation(self, device: torch.device) -> None:
-        """Let objectives see the held-out rows under the initial policy: no checkpoint has been restored yet."""
-        if not isinstance(cast(Any, self.trainer).datamodule, HybridDataModule):
-            return
+        """Let objectives see the held-out rows under the initial policy: no checkpoint has been restored yet.
+
+        Once per set of rows: a later ``validate`` in the same process must not take the trained policy for the initial.
+        """
         self.policy.to(device)
         self.policy.eval()
         for loader in self._data.val_dataloader():
+            if self._prepared.get(loader.objective) == loader.data.digest:
+                continue
             batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader)
             with self.trainer.precision_plugin.forward_context():
                 self.objectives[loader.objective].prepare_evaluation(self.policy, batches)
+            self._prepared[loader.objective] = loader.data.digest
 
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""
@@ -333,7 +339,7 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else, by name; take over the phase in hand."""
-        adopt_state(checkpoint, self.policy, training=self.trainer.training or self.trainer.sanity_checking)
+        adopt_state(checkpoint, self.policy, training=self.trainer.state.fn == TrainerFn.FITTING)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

@@ -153,12 +153,11 @@ class Policy(nn.Module):
 
     # ---- building -------------------------------------------------------------------------------------------------
 
-    def build(self, device: torch.device, references: Iterable[Reference] = ()) -> None:
-        """Load the weights, attach the adapters and take the snapshots that will be asked for. Idempotent.
+    def build(self, device: torch.device) -> None:
+        """Load the weights and attach the adapter. Idempotent.
 
         Args:
             device: Where quantised weights go.
-            references: The references that training will use.
 
         Raises:
             UserError: When the model cannot be built as asked for.
@@ -178,6 +177,9 @@ class Policy(nn.Module):
             self._size += sum(parameter.numel() for parameter in self.trained_parameters().values())
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def add_snapshots(self, references: Iterable[Reference]) -> None:
+        """Take the frozen snapshots that these references need, of the policy as it is now; none twice."""
         for reference in sorted(set(references)):
             self._add_snapshot(reference)
 

@@ -7,19 +7,11 @@ from typing import Any
 import torch
 
 
-def trained(module: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in module.policy.trained_parameters().items()}
-
-
 def test_every_trained_tensor_moves_and_no_other(make_hybrid: Any, make_data: Any, make_trainer: Any) -> None:
     module, data = make_hybrid(), make_data()
-    before: dict[str, torch.Tensor] = {}
-
-    class Watch(type(module)):  # type: ignore[misc]
-        pass
-
     trainer = make_trainer()
-    module.policy.build(torch.device("cpu"), ["phase_start"])
+    module.policy.build(torch.device("cpu"))
+    module.policy.add_snapshots(["phase_start"])
     before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
     trainer.fit(module, data)
     names = {f"model.{name}" for name in module.policy.trained_parameters()}
