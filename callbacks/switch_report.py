@@ -25,8 +25,8 @@ class SwitchReport(PhaseCallback):
     check, which therefore must run over all held-out rows (``num_sanity_val_steps: -1``, the command line's default).
 
     Args:
-        drift: Record the root-mean-square change of each trained tensor. Needs the phase-start snapshot, which a full
-            fine-tune pays with a copy of the model, unless EWC or a phase-start reference keeps it anyway.
+        drift: Record the root-mean-square change of each trained tensor. In a full fine-tune only where EWC or a
+            phase-start reference keeps a copy of the model anyway.
     """
 
     def __init__(self, drift: bool = True) -> None:
@@ -35,7 +35,8 @@ class SwitchReport(PhaseCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the phase-start snapshot."""
-        if stage == "fit" and self.drift and isinstance(pl_module, AlignmentModule):
+        adapter = isinstance(pl_module, AlignmentModule) and pl_module.policy.lora is not None
+        if stage == "fit" and self.drift and adapter:
             pl_module.keep_phase_start()
 
     @rank_zero_only

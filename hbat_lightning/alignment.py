@@ -208,6 +208,7 @@ class AlignmentModule(LightningModule):
         if ended is not None:
             optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
             self._optimizer_states.switch(optimizer, ended.objective, phase.objective)
+            self._retire_logged(ended.objective)
         self._phase = phase
         self.policy.take_snapshot()
         self.policy.set_training(self.objectives[phase.objective].dropout)
@@ -248,6 +249,12 @@ class AlignmentModule(LightningModule):
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         self.log("loss", means["loss"], on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
 
+    def _retire_logged(self, objective: str) -> None:
+        """Stop logging an objective's last values: Lightning would repeat them in every row until the epoch ends."""
+        for metric in (cast(Any, self.trainer)._results or {}).values():
+            if metric.meta.name.startswith(f"train/{objective}/"):
+                metric.reset()
+
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.
 
@@ -267,7 +274,8 @@ class AlignmentModule(LightningModule):
             inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
                 total, units = self.objectives[objective].loss(self.policy, inputs)["loss"]
-            gradients = torch.autograd.grad(total / units, list(trained.values()), allow_unused=True)
+                loss = total / units
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             yield {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
         self.policy.set_training(self.objectives[objective].dropout)
 

@@ -102,7 +102,6 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
             raise UserError(f"{spec.name}: the model could not be loaded ({_first_line(error)}). {_REMEDY}") from error
     # A temporary folder must not stand in a saved config; a later load would look for it.
     model.config._name_or_path = model.name_or_path = spec.name
-    model.config.use_cache = False
     if spec.quantization != "none":
         require_quantised(model, spec)
     return cast(PreTrainedModel, model)

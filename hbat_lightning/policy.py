@@ -138,6 +138,7 @@ class Policy(nn.Module):
         self.base_fingerprint = ""
         self._snapshots: dict[str, dict[str, Tensor]] = {}
         self._adapter_layers: list[BaseTunerLayer] = []
+        self._layer_dropouts: dict[nn.Module, dict[str, float]] = {}
         self._takes_positions = False
         self._size = 0
 
@@ -307,14 +308,24 @@ class Policy(nn.Module):
         """Training mode with dropout, or without it.
 
         Args:
-            dropout: ``False`` is needed where two passes over the same rows are compared, as in DPO. transformers only
-                checkpoints layers whose own flag says training, so those flags stay up.
+            dropout: ``False`` is needed where two passes over the same rows are compared, as in DPO.
         """
         self._model.train(dropout)
-        if not dropout:
+        if self.gradient_checkpointing:
             for layer in self._model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = self.gradient_checkpointing
+                    self._keep_checkpointing(layer, dropout)
+
+    def _keep_checkpointing(self, layer: nn.Module, dropout: bool) -> None:
+        """Transformers only checkpoints layers whose own flag says training, so that flag stays up.
+
+        A layer that also applies dropout by that flag, with a rate kept as a plain number (OPT does), gets the rate 0.
+        """
+        layer.training = True
+        rates = {name: value for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)}
+        own = self._layer_dropouts.setdefault(layer, rates)
+        for name, rate in own.items():
+            setattr(layer, name, rate if dropout else 0.0)
 
     @contextlib.contextmanager
     def _adapters(self, active: list[str]) -> Iterator[None]:

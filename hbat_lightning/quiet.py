@@ -13,10 +13,10 @@ _LOGGED = {
 }
 _WARNED = (
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 asks transformers 5 by its old name
-    "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning 2.6 inside itself, with torch 2.13
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 inside itself, with torch 2.13
     "Couldn't infer the batch indices",  # our loaders yield whole batches; nobody asks for indices
     ".*does not have many workers",  # rows are encoded beforehand; collating them needs no worker
-    ".*Found .* module\\(s\\) in eval mode at the start of training",  # each phase sets the mode before its first step
+    r".*Found .* module\(s\) in eval mode at the start of training",  # each phase sets the mode before its first step
 )
 
 

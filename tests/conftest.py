@@ -7,13 +7,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from hbat_lightning import (
     DataSource,
@@ -26,6 +26,7 @@ from hbat_lightning import (
 )
 from hbat_lightning.data import embedded
 from hbat_lightning.schedules import Rounds
+from tests.support import DoublePolicy, MemoryLogger, Run
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -50,11 +51,18 @@ def real_data() -> Path:
 def make_policy() -> Callable[..., Policy]:
     """A policy on the embedded model; LoRA of rank 4 unless told otherwise."""
 
-    def make(**settings: Any) -> Policy:
+    def make(name: str = embedded.TINY_LLAMA, double: bool = False, **settings: Any) -> Policy:
         settings.setdefault("lora", LoraSettings(r=4, alpha=8))
-        return Policy(embedded.TINY_LLAMA, **settings)
+        return (DoublePolicy if double else Policy)(name, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded model in a folder, for plain transformers and peft."""
+    with embedded.materialise(embedded.TINY_LLAMA) as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -106,3 +114,19 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**(defaults | settings))
 
     return make
+
+
+@pytest.fixture
+def fit(make_data: Callable[..., HybridDataModule], make_trainer: Callable[..., Trainer]) -> Callable[..., Run]:
+    """Train a module, and hand back what came of it."""
+
+    def run(
+        module: Any, *callbacks: Callback, data: HybridDataModule | None = None, ckpt_path: Any = None, **settings: Any
+    ) -> Run:
+        log = MemoryLogger()
+        trainer = make_trainer(callbacks=list(callbacks), logger=log, **settings)
+        data = data or make_data()
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return Run(module, data, trainer, log)
+
+    return run

@@ -51,6 +51,12 @@ class DataSource:
     test_path: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        """Take ``null`` on the command line for what it says: jsonargparse 4.53 hands a nested one on as ``"None"``."""
+        for name in ("format", "template", "split", "val_path", "test_path"):
+            if getattr(self, name) == "None":
+                object.__setattr__(self, name, None)
+
 
 class HybridDataModule(LightningDataModule):
     """Instruction and preference data for one run.

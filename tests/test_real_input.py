@@ -1,0 +1,97 @@
+"""Two rounds on real text through the real command: a small Llama with the Llama-2 tokenizer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from hbat_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+ROWS = 64
+INSTRUCTIONS = "alpaca_en_demo.json"
+PAIRS = {"hh": "hh_rlhf_harmless_base_test.jsonl.gz", "sharegpt": "dpo_en_demo.json"}
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> str:
+    """A folder with random weights and the Llama-2 tokenizer, which adds bos and has no pad token."""
+    folder = tmp_path_factory.mktemp("llama")
+    shutil.copy(real_data / "llama2_tokenizer.model", folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    assert tokenizer.pad_token_id is None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.1,  # with the usual 0.02 the frozen random head hardly tells words apart
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def fit(folder: Path, base: str, instructions: Path, pairs: Path, max_length: int, *more: str) -> list[dict[str, str]]:
+    """Run ``hbat fit`` for two rounds; the rows of its ``metrics.csv``."""
+    settings = {
+        "trainer.default_root_dir": folder,
+        "trainer.enable_progress_bar": "false",
+        "trainer.accumulate_grad_batches": 2,
+        "data.init_args.instruction.path": instructions,
+        "data.init_args.instruction.limit": ROWS,
+        "data.init_args.preference.path": pairs,
+        "data.init_args.preference.limit": ROWS,
+        "data.init_args.invalid_rows": "drop",
+        "data.init_args.truncation": "drop",
+        "data.init_args.max_length": max_length,
+        "model.init_args.policy.init_args.model_name_or_path": base,
+        "model.init_args.schedule.init_args.rounds": 2,
+        "model.init_args.schedule.init_args.instruction_epochs": 2,
+        "model.init_args.instruction.init_args.lr": 1e-2,
+        "model.init_args.preference.init_args.lr": 2e-3,
+        "trainer.callbacks.strength": 0.01,
+    }
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    main(["fit", "--config", str(ROOT / "configs" / "hbat_dpo.yaml"), *arguments, *more])
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows: list[dict[str, str]], name: str, phase: int) -> list[float]:
+    """A column's values in one phase."""
+    return [float(row[name]) for row in rows if row["phase/index"] == str(float(phase)) and row[name]]
+
+
+@pytest.mark.parametrize(("pairs", "quantization"), [("hh", "none"), ("hh", "nf4"), ("sharegpt", "none")])
+def test_two_rounds(pairs: str, quantization: str, small_llama: str, real_data: Path, tmp_path: Path) -> None:
+    more = ("--config", str(ROOT / "configs" / "policy" / "qlora.yaml")) if quantization == "nf4" else ()
+    max_length = 384 if pairs == "hh" else 768  # the answers of the ShareGPT pairs are long
+    rows = fit(tmp_path, small_llama, real_data / INSTRUCTIONS, real_data / PAIRS[pairs], max_length, *more)
+    for phase in (1, 3):
+        losses = column(rows, "train/preference/loss", phase)
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert min(losses) < math.log(2)
+        assert column(rows, "train/preference/chosen_reward", phase)[0] == 0.0
+    first = column(rows, "train/instruction/loss", 0)
+    assert first[0] == pytest.approx(math.log(32000), abs=1.0)  # a random model knows nothing
+    assert first[-1] < first[0] - 0.5
+    for phase in (1, 2, 3):
+        pulls = column(rows, "ewc/pull_norm", phase)
+        assert pulls[0] == 0.0  # at the anchor
+        assert all(pull > 0 for pull in pulls[1:])
+    assert all(pull == 0.0 for pull in column(rows, "ewc/pull_norm", 0))
+    switches = [json.loads(line) for line in (tmp_path / "switches.jsonl").read_text().splitlines()]
+    assert [row["objective"] for row in switches] == ["instruction", "preference"] * 2
+    assert switches[0]["change"]["val/instruction/loss"] < -0.5
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
