@@ -35,8 +35,9 @@ class SwitchReport(PhaseCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the phase-start snapshot."""
-        adapter = isinstance(pl_module, AlignmentModule) and pl_module.policy.lora is not None
-        if stage == "fit" and self.drift and adapter:
+        if stage != "fit" or not self.drift or not isinstance(pl_module, AlignmentModule):
+            return
+        if pl_module.policy.lora is not None:
             pl_module.keep_phase_start()
 
     @rank_zero_only

@@ -130,3 +130,16 @@ def fit(make_data: Callable[..., HybridDataModule], make_trainer: Callable[..., 
         return Run(module, data, trainer, log)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def batches() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Five instruction rows and three pairs of the embedded task, collated as in training."""
+    data = HybridDataModule(
+        DataSource(embedded.INSTRUCTION, limit=5, val_fraction=0.0),
+        DataSource(embedded.PREFERENCE, limit=3, val_fraction=0.0),
+    )
+    tokenizer = Policy(embedded.TINY_LLAMA).tokenizer
+    for name in ("instruction", "preference"):
+        data.load(name, tokenizer, seed=0)
+    return data.train_sets["instruction"].collate(range(5)), data.train_sets["preference"].collate(range(3))
