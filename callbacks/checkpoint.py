@@ -62,6 +62,9 @@ class WindowCheckpoint(ModelCheckpoint):
         if isinstance(pl_module, AlignmentModule) and pl_module.plan.round_ends_at(trainer.global_step):
             self._save_now(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save nothing: what can be gone on from is saved, and Lightning would save in a dry run too."""
+
     def _save_now(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)

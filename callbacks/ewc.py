@@ -59,8 +59,9 @@ class ElasticWeightConsolidation(PhaseCallback):
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the phase-start snapshot."""
+        """Ask for the phase-start snapshot, and forget an earlier run; a checkpoint is loaded after this."""
         if stage == "fit":
+            self._objective, self._held_for = None, {}
             _owner(pl_module).keep_phase_start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

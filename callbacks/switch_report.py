@@ -71,6 +71,14 @@ class SwitchReport(PhaseCallback):
             draw_switches(rows, self.path(trainer).with_suffix(".png"))
             print("\nheld-out figures, before → after each phase\n" + switch_table(rows) + "\n")
 
+    def state_dict(self) -> dict[str, Any]:
+        """The figures before the phase in hand: a run that goes on inside the first phase could not tell them."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them over."""
+        self._before = state_dict["before"]
+
     @staticmethod
     def path(trainer: Trainer) -> Path:
         """Where the rows are kept."""

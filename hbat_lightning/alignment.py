@@ -142,6 +142,7 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before weights are loaded."""
         if stage == "fit":
+            self._phase = None  # a second run of the same module begins its own phases; a checkpoint will say otherwise
             check_trainer(self.trainer, self.plan)
             for note in self._data.notes:
                 rank_zero_info(note)
@@ -214,20 +215,25 @@ class AlignmentModule(LightningModule):
         self.policy.set_training(self.objectives[phase.objective].dropout)
 
     def on_train_start(self) -> None:
-        """Drop logged rows of steps that a resumed run will do again."""
+        """In a resumed run set modes again, and drop logged rows of steps that it will do again.
+
+        Modes here, and not at the start of an epoch: Lightning leaves that hook out when it goes on inside an epoch.
+        """
+        if self._phase is not None:
+            self.policy.set_training(self.objectives[self._phase.objective].dropout)
         for logger in self.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.forget_from(self.trainer.global_step)
 
     def on_train_epoch_start(self) -> None:
-        """Set modes and the next validation again: after a resume both are Lightning's defaults."""
-        if self._phase is not None:
-            self.policy.set_training(self.objectives[self._phase.objective].dropout)
+        """Place the next validation: at the start of an epoch it is where Lightning's defaults have it."""
         next_validation(self.trainer, self.plan, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Begin a phase, place the next validation at a switch, and seed the micro-batch."""
         self.begin_phase(PhaseKey(batch.phase, batch.objective))
+        # The step that loggers are told. A checkpoint taken at a validation inside an epoch holds one too few.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         next_validation(self.trainer, self.plan, batch_idx)
         # Seeding every micro-batch, instead of saving generators, makes a resumed run draw the same dropout.
         torch.manual_seed(batch.seed)

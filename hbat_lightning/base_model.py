@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hbat_lightning import hub
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 
@@ -69,13 +72,27 @@ def load_tokenizer(spec: BaseSpec) -> PreTrainedTokenizerBase:
     Raises:
         UserError: When there is none to load, with the reason.
     """
+    _require_present(spec)
     with _folder(spec.name) as folder:
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{spec.name}: no tokenizer could be loaded ({_first_line(error)}). {_REMEDY}") from error
+    tokenizer.name_or_path = spec.name  # messages name it; a temporary folder would tell nobody anything
+    return tokenizer
+
+
+def _require_present(spec: BaseSpec) -> None:
+    """Say at once that a base is nowhere to be had, where transformers would ask again and again."""
+    if embedded.is_embedded(spec.name) or Path(spec.name).exists():
+        return
+    if not hub.is_id(spec.name):
+        raise UserError(f"{spec.name}: no such folder. {_REMEDY}")
+    host = hub.unreachable()
+    if host is not None and try_to_load_from_cache(spec.name, "config.json", revision=spec.revision) is None:
+        raise UserError(f"{spec.name}: no such folder, and the hub ({host}) cannot be reached. {_REMEDY}")
 
 
 def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
@@ -104,6 +121,7 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     model.config._name_or_path = model.name_or_path = spec.name
     if spec.quantization != "none":
         require_quantised(model, spec)
+        _keep_differentiable(model)
     return cast(PreTrainedModel, model)
 
 
@@ -130,6 +148,17 @@ def require_quantised(model: nn.Module, spec: BaseSpec) -> int:
             "bitsandbytes can quantise"
         )
     return count
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU.
+
+    On CPUs with AVX512-BF16 it does so at the first pass in evaluation mode, for a kernel that has no backward pass:
+    every gradient after the first validation would silently lack what flows through quantised layers.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def fingerprint(model: nn.Module) -> str:

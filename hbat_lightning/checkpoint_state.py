@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from hbat_lightning.errors import UserError
-from hbat_lightning.policy import Policy
+from hbat_lightning.policy import Policy, Reference
 
 PREFIX = "policy."  # the attribute of the module that holds the policy
+SNAPSHOTS = [reference for reference in get_args(Reference) if reference != "base"]  # the bare base has no tensors
 
 
 def trained_state(state: dict[str, Any], policy: Policy | None) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
     state = checkpoint["state_dict"]
     want = {PREFIX + name for name in policy.checkpoint_names()}
     if not training:
-        checkpoint["state_dict"] = state = {name: value for name, value in state.items() if name in want}
+        kept = {name: value for name, value in state.items() if name in want or not _is_snapshot(name)}
+        checkpoint["state_dict"] = state = kept
     missing, surplus = sorted(want - set(state)), sorted(set(state) - want)
     if missing or surplus:
         example = (missing or surplus)[0].removeprefix(PREFIX)
@@ -59,3 +61,7 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
             raise UserError(
                 f"{name.removeprefix(PREFIX)} has shape {tuple(value.shape)} in the checkpoint, {tuple(here.shape)} here"
             )
+
+
+def _is_snapshot(name: str) -> bool:
+    return name.startswith(f"{PREFIX}frozen_copies.") or any(f".{snapshot}." in name for snapshot in SNAPSHOTS)

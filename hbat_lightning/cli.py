@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 import hbat_lightning.importance
 import hbat_lightning.lr
 import hbat_lightning.schedules  # noqa: F401  imported so that short class names work in configurations
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionWriter, SwitchReport, WindowCheckpoint
+from hbat_lightning.config_errors import readable
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import UserError
 from hbat_lightning.metrics_logger import MetricsLogger
-from hbat_lightning.run_folder import latest_checkpoint, mark_finished, require_free
+from hbat_lightning.run_folder import clear, find_checkpoint, mark_finished, require_free
 from hbat_lightning.trainer_checks import is_dry_run
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -32,26 +38,66 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` for ``fit`` only, so that a later ``test`` does not overwrite how a run was made."""
+    """Writes ``config.yaml`` when training begins, so that neither a ``test`` nor a refused ``fit`` changes how a run was made.
+
+    What says how the command goes about it, and not how the run is made, is left out: with ``overwrite`` or ``ckpt_path:
+    last`` in it, the same file would replace the run, or go on with it, unasked.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See the base class."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Not yet: settings may still be refused."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make room, where that was asked for: data, model and settings have been checked, and nothing is written yet."""
+        if self.config.get("overwrite") and not trainer.ckpt_path:
+            clear(Path(trainer.default_root_dir))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it; a resumed run has found its place in the data by now."""
+        self.config = self.config.clone()
+        self.config.overwrite = False
+        if self.config.ckpt_path == "last":
+            self.config.ckpt_path = None
+        super().setup(trainer, pl_module, "fit")
 
 
 class HbatCLI(LightningCLI):
     """LightningCLI with a run folder, standard callbacks, and ``--ckpt_path last`` that finds the run's own checkpoint."""
 
+    checkpoint: Path | None = None
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See the base class."""
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the run folder.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without Lightning's warning about arguments from Python, which ours are wherever a small command parses them."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
+
     def before_instantiate_classes(self) -> None:
-        """Refuse to write over a run."""
-        config = self._run_config
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and not config.ckpt_path:
-            require_free(self.run_folder, config.overwrite)
+        """Find the checkpoint to go on from; refuse to write over a run."""
+        if self.subcommand is None:
+            return
+        wanted = self._run_config.get("ckpt_path")
+        self.checkpoint = find_checkpoint(self.run_folder, wanted) if wanted else None
+        if wanted == "last" and self.checkpoint is None and self.subcommand != "fit":
+            raise UserError(f"{self.run_folder} holds no whole checkpoint: run fit first, or give --ckpt_path FILE")
+        own = self.checkpoint is not None and self.run_folder.resolve() in self.checkpoint.resolve().parents
+        asked = own or self._run_config.overwrite or self._run_config.trainer.fast_dev_run
+        if self.subcommand == "fit" and not asked:
+            require_free(self.run_folder)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer.
+
+        Raises:
+            UserError: When one of them refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"{error}; change that setting in the configuration or on the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the standard callbacks that were not given, ``metrics.csv``, and the schedule's number of rounds."""
@@ -95,17 +141,9 @@ class HbatCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
-            newest = latest_checkpoint(self.run_folder)
-            if newest is None and subcommand != "fit":
-                raise UserError(f"{self.run_folder} holds no whole checkpoint: run fit first, or give --ckpt_path FILE")
-            print(
-                f"going on from {newest}"
-                if newest
-                else f"no checkpoint in {self.run_folder} yet: starting from the beginning"
-            )
-            kwargs["ckpt_path"] = None if newest is None else str(newest)
-        elif kwargs.get("ckpt_path") and not Path(kwargs["ckpt_path"]).is_file():
-            raise UserError(f"{kwargs['ckpt_path']}: no such checkpoint; --ckpt_path takes a file, or last")
+            none_yet = f"no checkpoint in {self.run_folder} yet: starting from the beginning"
+            print(none_yet if self.checkpoint is None else f"going on from {self.checkpoint}")
+        kwargs["ckpt_path"] = None if self.checkpoint is None else str(self.checkpoint)
         return kwargs
 
 
@@ -121,14 +159,18 @@ def _standard_callbacks(own: list[Callback], trainer: dict[str, Any]) -> list[Ca
     return [made for kind, made, wanted in standard if wanted and not any(isinstance(one, kind) for one in own)]
 
 
-def make_cli(args: ArgsType = None, run: bool = True) -> HbatCLI:
+def make_cli(args: ArgsType = None, run: bool = True, cli: type[HbatCLI] = HbatCLI, **parser: Any) -> HbatCLI:
     """Parse and, with ``run``, carry out a command.
 
     Args:
         args: Arguments; those of the process when not given.
         run: ``False`` only builds model, data and trainer, and takes no subcommand.
+        cli: The class that does it.
+        parser: Further settings of the parser, such as ``prog``.
     """
-    return HbatCLI(
+    more = "; ".join(f"hbat {name}: {said}" for name, (_, said) in COMMANDS.items())
+    parser = {"exit_on_error": False, "description": DESCRIPTION, "epilog": f"There is also {more}."} | parser
+    return cli(
         AlignmentModule,
         HybridDataModule,
         subclass_mode_model=True,
@@ -138,16 +180,48 @@ def make_cli(args: ArgsType = None, run: bool = True) -> HbatCLI:
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},  # require_free() has had its say
-        parser_kwargs={"exit_on_error": False},
+        parser_kwargs=parser,
         args=args,
         run=run,
     )
 
 
+def _inspect(args: list[str]) -> None:
+    from hbat_lightning.inspect_command import run_inspection  # late: it needs this module
+
+    run_inspection(args)
+
+
+DESCRIPTION = "Hybrid alignment training: alternate SFT and preference training on one policy."
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "inspect": (_inspect, "audit the data of a configuration, without loading any weights"),
+}
+
+
+@contextlib.contextmanager
+def _information_on_stdout() -> Iterator[None]:
+    """Lightning's information goes where ours goes, so that stderr holds warnings, bars and the error line."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    handlers = [one for logger in loggers for one in logger.handlers if isinstance(one, logging.StreamHandler)]
+    before = [handler.setStream(sys.stdout) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, before, strict=True):
+            if stream is not None:
+                handler.setStream(stream)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``hbat`` and ``python -m hbat_lightning``. A user's mistake ends in one line and exit code 2."""
+    args = sys.argv[1:] if args is None else args
     try:
-        make_cli(args)
+        with _information_on_stdout():
+            if args and args[0] in COMMANDS:
+                COMMANDS[args[0]][0](args[1:])
+            else:
+                make_cli(args)
     except (UserError, ArgumentError) as error:
-        print("hbat: error: " + " ".join(str(error).split()), file=sys.stderr)
+        line = str(error) if isinstance(error, UserError) else readable(error, args)
+        print("hbat: error: " + " ".join(line.split()), file=sys.stderr)
         raise SystemExit(2) from None

@@ -20,8 +20,12 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _CALLABLE = re.compile(r"expects a (?:function or a callable class): (.*)")
 _NO_OPTION = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
 _TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
-_VALUE = re.compile(r"^\s*Given value: (?:NestedArg\(key='[^']*', val=(.*)\)|(.*?))(?:\. Got value: .*)?$", re.MULTILINE)
-_NO_CLASS = re.compile(r"Expected a dot import path string: (.*)|has no attribute '(\w+)'|(Import path) does not corres")
+_VALUE = re.compile(
+    r"^\s*Given value: (?:NestedArg\(key='[^']*', val=(.*)\)|(.*?))(?:\. Got value: .*)?$", re.MULTILINE
+)
+_NO_CLASS = re.compile(
+    r"Expected a dot import path string: (.*)|has no attribute '(\w+)'|(Import path) does not corres"
+)
 _ASIDES = ("Does not validate", "Subtypes:", "Errors:", "Expected a path but", "Given value")
 
 

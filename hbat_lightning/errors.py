@@ -21,3 +21,7 @@ class DataError(UserError):
         self.message, self.source, self.row, self.remedy = message, source, row, remedy
         where = source if row is None else f"{source}, row {row}"
         super().__init__(" ".join(f"{where}: {message}{'. ' + remedy if remedy else ''}".split()))
+
+
+class LengthError(DataError):
+    """A row that does not fit into ``max_length``; what becomes of it is for the truncation policy alone to say."""

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 
 class _ContinuingWriter(ExperimentWriter):
-    """Keeps a file that is already there, where Lightning's own writer deletes it."""
+    """Goes on with a file that is already there, where Lightning's own writer deletes it.
 
-    def _check_log_dir_exists(self) -> None:
-        if Path(self.metrics_file_path).exists():
-            with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+    Lightning asks for a writer before anything of a run has been checked. So nothing is touched until the first row.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        # Not the base class's own: it makes the folder.
+        self.metrics: list[dict[str, float]] = []
+        self.metrics_keys: list[str] = []
+        self.hparams: dict[str, Any] = {}
+        self.log_dir, self.metrics_file_path = log_dir, str(Path(log_dir) / self.NAME_METRICS_FILE)
+        self._fs = get_filesystem(log_dir)
+
+    def save(self) -> None:
+        """Append the rows; the columns of a file that is there are kept."""
+        if self.metrics and not self.metrics_keys:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            if Path(self.metrics_file_path).exists():
+                with open(self.metrics_file_path, newline="") as file:
+                    self.metrics_keys = next(csv.reader(file), [])
+        super().save()
 
 
 class MetricsLogger(CSVLogger):
@@ -35,7 +52,6 @@ class MetricsLogger(CSVLogger):
     def experiment(self) -> ExperimentWriter:
         """The writer."""
         if self._experiment is None:
-            Path(self.save_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _ContinuingWriter(log_dir=self.save_dir)
         return self._experiment  # type: ignore[return-value]
 

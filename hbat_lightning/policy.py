@@ -226,14 +226,17 @@ class Policy(nn.Module):
         adapted = cast(PeftModel, self._model)
         config = copy.deepcopy(adapted.peft_config[TRAINED])
         config.lora_dropout = 0.0
+        flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
         adapted.add_adapter(name, config)
         adapted.set_adapter(TRAINED)
         values = dict(adapted.named_parameters())
+        for key, trains in flags.items():
+            values[key].requires_grad_(trains)  # PEFT has set the flags anew, also of what the user froze
+            if f".{TRAINED}." in key:
+                twin = values[key.replace(f".{TRAINED}.", f".{name}.")]
+                twin.requires_grad_(False)
+                twin.data = values[key].detach().clone()
         self._snapshots[name] = {key: values[key.replace(f".{TRAINED}.", f".{name}.")] for key in trained}
-        for value in self._snapshots[name].values():
-            value.requires_grad_(False)
-            value.data = value.data.float()
-        self.take_snapshot(name)
 
     @property
     def _model(self) -> nn.Module:

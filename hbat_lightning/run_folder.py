@@ -26,29 +26,49 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in reversed(files) if zipfile.is_zipfile(path)), None)
 
 
-def require_free(folder: Path, overwrite: bool) -> None:
-    """See to it that a new run may begin in a folder.
-
-    Args:
-        folder: The run folder.
-        overwrite: Remove an earlier run's files.
+def require_free(folder: Path) -> None:
+    """See to it that a folder holds no run.
 
     Raises:
-        UserError: When it holds a run and ``overwrite`` is off.
+        UserError: When it does; says how to go on.
     """
     finished = (folder / MARK).exists()
-    if not finished and latest_checkpoint(folder) is None:
-        return
-    if not overwrite:
-        state = "a finished run" if finished else "an unfinished run"
+    if finished or latest_checkpoint(folder) is not None:
         raise UserError(
-            f"{folder} holds {state}: go on with --ckpt_path last, give another --trainer.default_root_dir, or replace it "
-            "with --overwrite true"
+            f"{folder} holds {'a finished run' if finished else 'an unfinished run'}: go on with --ckpt_path last, give "
+            "another --trainer.default_root_dir, or replace it with --overwrite true"
         )
+
+
+def clear(folder: Path) -> None:
+    """Remove a run's files, and nothing else that lies beside them."""
     for name in _OUTPUTS:
         (folder / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The file that ``--ckpt_path`` names.
+
+    Args:
+        folder: The run folder.
+        wanted: A file, or ``last`` for the folder's newest whole checkpoint.
+
+    Returns:
+        The file; ``None`` where ``last`` finds none.
+
+    Raises:
+        UserError: There is no such file, or it is no whole checkpoint.
+    """
+    if wanted == "last":
+        return latest_checkpoint(folder)
+    path = Path(wanted)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; --ckpt_path takes a file, or last")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a whole checkpoint; give another file to --ckpt_path, or last")
+    return path
 
 
 def mark_finished(folder: Path, facts: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def _refusals(trainer: Any, plan: Plan) -> list[tuple[bool, str]]:
             "trainer.val_check_interval to a number of micro-batches",
         ),
         (
-            isinstance(trainer.val_check_interval, str) or trainer._val_check_time_interval is not None,
+            trainer._val_check_time_interval is not None,  # then there is no val_check_interval at all
             "a trainer.val_check_interval in time is not supported: give a number of micro-batches",
         ),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ def test_window_gradient_is_that_of_the_mean_over_its_tokens_or_pairs(
     recorder = Recorder()
     settings = {"lora": None} if full else {}
     module = make_hybrid(make_policy(double=True, **settings), schedule=Rounds(1, 1, 1))
-    data = make_data(instruction=28, preference=16, batch_size=batch_size)  # 21 and 12 rows: windows of 8, 8, 5 and 8, 4
+    data = make_data(
+        instruction=28, preference=16, batch_size=batch_size
+    )  # 21 and 12 rows: windows of 8, 8, 5 and 8, 4
     run = fit(module, recorder, data=data, accumulate_grad_batches=accumulate, gradient_clip_val=None)
 
     model, trained = module.policy.model, module.policy.trained_parameters()
@@ -181,7 +184,12 @@ def test_all_steps_run_and_every_switch_is_validated(
     for phase in plan.phases:
         step += phase.windows
         ends.append(step - 1)  # Lightning logs a validation under the step before it
-    for name in ("val/instruction/loss", "val/instruction/exact_match", "val/preference/loss", "val/preference/accuracy"):
+    for name in (
+        "val/instruction/loss",
+        "val/instruction/exact_match",
+        "val/preference/loss",
+        "val/preference/accuracy",
+    ):
         assert [row["step"] for row in run.log.rows if name in row] == ends
     rounds = [row["phase/round"] for row in run.log.rows if "phase/round" in row]
     assert rounds == [float(phase.round) for phase in plan.phases for _ in range(phase.windows)]
@@ -195,7 +203,7 @@ def test_rounds_of_other_lengths_run_whole(
 
     def cut(data: Any, objective: str, shards: int, seed: int) -> list[tuple[int, ...]]:
         cuts = {"instruction": [0, 2, 8, 18], "preference": [0, 1, 4, 9]}[objective]
-        parts = [tuple(range(begin, end)) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        parts = [tuple(range(begin, end)) for begin, end in pairwise(cuts)]
         return parts if growing else parts[::-1]
 
     monkeypatch.setattr("hbat_lightning.stream.make_shards", cut)

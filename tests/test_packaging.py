@@ -36,10 +36,12 @@ def project() -> dict[str, Any]:
 
 def source_modules() -> set[str]:
     """Paths inside an installation of every module in the tree."""
-    package = (path for path in (ROOT / "hbat_lightning").rglob("*.py") if "callbacks" not in path.parts)
-    inside = {path.relative_to(ROOT).as_posix() for path in package}
-    callbacks = (ROOT / "callbacks").rglob("*.py")
-    return inside | {f"hbat_lightning/{path.relative_to(ROOT).as_posix()}" for path in callbacks}
+    package, callbacks = (
+        {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*.py")}
+        for name in ("hbat_lightning", "callbacks")
+    )
+    package = {name for name in package if not name.startswith("hbat_lightning/callbacks/")}  # the link for editors
+    return package | {f"hbat_lightning/{name}" for name in callbacks}
 
 
 def module_name(path: str) -> str:

@@ -14,7 +14,7 @@ from hbat_lightning.data.readers import read_rows
 from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoded, Encoder
-from hbat_lightning.errors import DataError, UserError
+from hbat_lightning.errors import DataError, LengthError, UserError
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
 from hbat_lightning.stream import WindowStream, permutation
 
@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
 Set = InstructionSet | PreferenceSet
+Rows = Sequence[InstructionRow] | Sequence[PreferenceRow]
+
+
+@dataclass(frozen=True)
+class ParsedFile:
+    """What the rows of a file came to.
+
+    Attributes:
+        path: The file, folder or hub id.
+        format: The format it was read as.
+        rows: Usable rows, in canonical form.
+        faults: One error for every other row.
+    """
+
+    path: str
+    format: str
+    rows: Rows
+    faults: list[DataError]
 
 
 @dataclass(frozen=True)
@@ -157,10 +175,10 @@ class HybridDataModule(LightningDataModule):
             raise UserError(f"the {name} objective has no data: give --data.init_args.{name}.path")
         return source
 
-    def encoder(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def encoder(self, name: str, tokenizer: PreTrainedTokenizerBase, count_merges: bool = False) -> Encoder:
         """What turns the rows of an objective into ids and masks."""
         template = resolve_template(self.source(name).template or self.template, tokenizer)
-        return Encoder(tokenizer, template, self.max_length, self.truncation, self.supervise)
+        return Encoder(tokenizer, template, self.max_length, self.truncation, self.supervise, count_merges)
 
     def load(self, name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         """Read, check and encode the training and held-out rows of an objective. Idempotent."""
@@ -178,40 +196,58 @@ class HybridDataModule(LightningDataModule):
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
         self.notes.append(f"{name}: template {encoder.template.name}, truncation {self.truncation}: {counts}")
 
-    def split(self, name: str, seed: int) -> tuple[list[Any], list[Any]]:
-        """The rows of an objective, in canonical form: (training, held-out).
-
-        Without ``val_path`` a share of the rows is held out, drawn with the run's seed.
-        """
+    def split(self, name: str, seed: int) -> tuple[Rows, Rows]:
+        """The rows of an objective, in canonical form: (training, held-out)."""
         source = self.source(name)
         rows = self.read(name, source.path)
-        if source.val_path is not None:
-            return rows, self.read(name, source.val_path)
-        count = min(len(rows) - 1, max(1, round(len(rows) * source.val_fraction))) if source.val_fraction > 0 else 0
-        held_out = set(permutation(len(rows), seed, name, "held-out")[:count])
-        return (
-            [row for number, row in enumerate(rows) if number not in held_out],
-            [row for number, row in enumerate(rows) if number in held_out],
-        )
+        return (rows, self.read(name, source.val_path)) if source.val_path else self.hold_out(name, rows, seed)
 
-    def read(self, name: str, path: str) -> list[Any]:
-        """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
+    def hold_out(self, name: str, rows: Rows, seed: int) -> tuple[Rows, Rows]:
+        """Draw a share of the rows with the run's seed: (training, held-out)."""
+        fraction = self.source(name).val_fraction
+        count = min(len(rows) - 1, max(1, round(len(rows) * fraction))) if fraction > 0 and len(rows) else 0
+        held_out = set(permutation(len(rows), seed, name, "held-out")[:count])
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for number, row in enumerate(rows):
+            parts[number in held_out].append(row)
+        return parts
+
+    def parse(self, name: str, path: str) -> ParsedFile:
+        """Read a file into canonical rows, and collect the faults of single rows.
+
+        Raises:
+            UserError: The file as a whole cannot be used.
+        """
         source = self.source(name)
-        parse: Callable[..., tuple[Sequence[Any], list[DataError], str]]
+        parse: Callable[..., tuple[Rows, list[DataError], str]]
         parse = parse_instructions if name == INSTRUCTION else parse_preferences
         rows, faults, found = parse(read_rows(path, source.split, source.limit), source.format)
-        if faults and self.invalid_rows == "error":
-            raise _with_hint(faults)
-        if faults:
-            self.notes.append(f"{name}: {len(faults):,} invalid rows of {path} dropped, the first: {faults[0]}")
-        if not rows:
+        return ParsedFile(path, found, rows, faults)
+
+    def read(self, name: str, path: str) -> Rows:
+        """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
+        file = self.parse(name, path)
+        self._drop(name, file.faults)
+        if not file.rows:
             raise DataError("no usable row", path, remedy="Run hbat inspect to see why")
-        self.notes.append(f"{name}: {path} read as {found}")
-        return list(rows)
+        self.notes.append(f"{name}: {path} read as {file.format}")
+        return file.rows
+
+    def is_fatal(self, fault: DataError) -> bool:
+        """Whether a fault in a single row ends the run."""
+        return self.invalid_rows == "error" or isinstance(fault, LengthError)
+
+    def _drop(self, name: str, faults: list[DataError]) -> None:
+        """Note rows that cannot be used; raise instead where they end the run."""
+        for fault in faults[:1]:
+            if self.is_fatal(fault):
+                raise _with_hint(faults)
+            self.notes.append(f"{name}: {len(faults):,} invalid rows of {fault.source} dropped, the first: {fault}")
 
     def load_prompts(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
         """Prompts with the data's answers, for ``test`` and ``predict``."""
         source, encoder = self.source(INSTRUCTION), self.encoder(INSTRUCTION, tokenizer)
+        rows: Rows
         rows = self.read(INSTRUCTION, source.test_path) if source.test_path else self.split(INSTRUCTION, seed)[1]
         if not rows:
             raise UserError(
@@ -219,15 +255,26 @@ class HybridDataModule(LightningDataModule):
             )
         prompts = []
         for row in cast(list[InstructionRow], rows):
-            ids = encoder.encode_prompt(row.messages[:-1])
+            try:
+                ids = encoder.encode_prompt(row.messages[:-1])
+            except UserError as error:  # a template knows no rows
+                raise DataError(str(error), row.source, row.number) from error
             text = "".join(segment.text for segment in encoder.template.segments(row.messages[:-1]))
             prompts.append(Prompt(ids, text, row.messages[-1].content))
         return prompts
 
-    def _encode(self, name: str, rows: Sequence[Any], encoder: Encoder) -> list[Any]:
+    def _encode(self, name: str, rows: Rows, encoder: Encoder) -> list[Any]:
         encode: Callable[[Any], Encoded | tuple[Encoded, Encoded] | None]
         encode = encoder.encode_instruction if name == INSTRUCTION else encoder.encode_preference
-        encoded = (encode(row) for row in _with_bar(rows, f"tokenising {name}"))
+        encoded, faults = [], []
+        for row in with_bar(rows, f"tokenising {name}"):
+            try:
+                encoded.append(encode(row))
+            except DataError as fault:
+                if self.is_fatal(fault):
+                    raise _with_hint([fault]) from fault
+                faults.append(fault)
+        self._drop(name, faults)
         return [row for row in encoded if row is not None]
 
 
@@ -236,12 +283,15 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def _with_bar(rows: Sequence[InstructionRow | PreferenceRow], what: str) -> Iterator[Any]:
+def with_bar(rows: Rows, what: str) -> Iterator[Any]:
+    """The rows, behind a progress bar where there are many."""
     return iter(tqdm(rows, desc=what, unit="row", leave=False, disable=len(rows) < 5000))
 
 
 def _with_hint(faults: list[DataError]) -> DataError:
     first = faults[0]
+    if isinstance(first, LengthError):
+        return first
     more = f" ({len(faults) - 1} more rows have faults)" if len(faults) > 1 else ""
     hint = f"{first.remedy}, or set --data.init_args.invalid_rows drop".lstrip(", ")
     return DataError(first.message + more, first.source, first.row, hint)

@@ -15,12 +15,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from hbat_lightning import hub
 from hbat_lightning.errors import DataError, UserError
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(suffix + ".gz" for suffix in _TEXT_SUFFIXES), ".parquet")
 _EMBEDDED = "embedded://"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 # What `datasets` writes beside the rows; in a folder of data files these are not rows.
 _BOOKKEEPING = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -76,7 +76,7 @@ def _open_source(path: str, split: str | None) -> Iterator[RawRow]:
         return _read_folder(place, split)
     if place.exists():
         return _read_file(place)
-    if _HUB_ID.fullmatch(path) and _suffix(place) is None:
+    if hub.is_id(path) and _suffix(place) is None:
         return _read_hub(path, split or "train")
     raise DataError("there is no such file or folder", path, remedy=_nearest_name(place))
 
@@ -326,6 +326,10 @@ def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[RawRow]:
 def _read_hub(name: str, split: str) -> Iterator[RawRow]:
     import datasets
 
+    host = hub.unreachable()
+    if host is not None and not Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+        message = f"no file or folder of this name, and the hub ({host}) cannot be reached"
+        raise DataError(message, name, remedy=f"Check the path, or the network; relative paths start at {Path.cwd()}")
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # offline, unknown name, gated, unknown split, needs code: one answer for all of them

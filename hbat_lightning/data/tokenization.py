@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow
 from hbat_lightning.data.templates import Segment, Template, special_token_ids
-from hbat_lightning.errors import DataError, UserError
+from hbat_lightning.errors import DataError, LengthError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,18 @@ class _Ids(NamedTuple):
 
     ids: list[int]
     supervised: list[bool]
+
+
+class Draft(NamedTuple):
+    """A row as ids before the truncation policy: its prompt, and each answer to it."""
+
+    prompt: _Ids
+    answers: list[_Ids]
+
+    @property
+    def lengths(self) -> tuple[int, list[int]]:
+        """Tokens of the prompt, and of each answer with its stop token."""
+        return len(self.prompt.ids), [len(answer.ids) for answer in self.answers]
 
 
 class Encoder:
@@ -126,8 +138,7 @@ class Encoder:
             DataError: The row is too long under the policy `error`, or cannot be made to fit under the others, or the
                 template cannot write it.
         """
-        prompt, answers = self._encode_row(row, row.messages[:-1], [row.messages[-1].content])
-        fitted = self._fit(row, prompt, answers)
+        fitted = self.fit(row, self.draft(row))
         return None if fitted is None else fitted[0]
 
     def encode_preference(self, row: PreferenceRow) -> tuple[Encoded, Encoded] | None:
@@ -140,12 +151,21 @@ class Encoder:
         Raises:
             DataError: As for `encode_instruction`, or the two answers give the same ids.
         """
-        prompt, answers = self._encode_row(row, row.prompt, [row.chosen, row.rejected])
+        fitted = self.fit(row, self.draft(row))
+        return None if fitted is None else (fitted[0], fitted[1])
+
+    def draft(self, row: InstructionRow | PreferenceRow) -> Draft:
+        """Encode a row at its full length.
+
+        Raises:
+            DataError: The template cannot write it, or the two answers give the same ids.
+        """
+        if isinstance(row, InstructionRow):
+            return self._encode_row(row, row.messages[:-1], [row.messages[-1].content])
+        (ids, supervised), answers = self._encode_row(row, row.prompt, [row.chosen, row.rejected])
         if answers[0].ids == answers[1].ids:
             raise DataError("both answers give the same tokens", row.source, row.number, "Remove the row")
-        prompt = _Ids(prompt.ids, [False] * len(prompt.ids))
-        fitted = self._fit(row, prompt, answers)
-        return None if fitted is None else (fitted[0], fitted[1])
+        return Draft(_Ids(ids, [False] * len(supervised)), answers)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from.
@@ -182,7 +202,7 @@ class Encoder:
 
     def _encode_row(
         self, row: InstructionRow | PreferenceRow, prompt: Sequence[Message], answers: Sequence[str]
-    ) -> tuple[_Ids, list[_Ids]]:
+    ) -> Draft:
         """Encode the prompt once and every answer to it."""
         try:
             written = [self._write([*prompt, Message("assistant", answer)]) for answer in answers]
@@ -201,7 +221,7 @@ class Encoder:
         if self.count_merges:
             merges = any(self._merges(segments, answer.ids) for segments, answer in zip(written, encoded, strict=True))
             self.counts["boundary_merges"] += merges
-        return ids, encoded
+        return Draft(ids, encoded)
 
     def _encode_segments(self, segments: Sequence[Segment]) -> _Ids:
         """The one place where segments become ids: bos, texts, answers and their stop tokens."""
@@ -270,9 +290,17 @@ class Encoder:
 
     # --- length ---------------------------------------------------------------------------------------------------
 
-    def _fit(self, row: InstructionRow | PreferenceRow, prompt: _Ids, answers: list[_Ids]) -> list[Encoded] | None:
-        """Apply the truncation policy to a prompt and the answers to it, and count what was done."""
-        longest = max(len(answer.ids) for answer in answers)
+    def fit(self, row: InstructionRow | PreferenceRow, draft: Draft) -> list[Encoded] | None:
+        """Apply the truncation policy to a draft, and count what was done.
+
+        Returns:
+            Its answers, each behind the prompt, or `None` where the policy drops the row.
+
+        Raises:
+            LengthError: The row is too long under the policy `error`, or cannot be made to fit under the others.
+        """
+        prompt, answers = draft
+        longest = max(draft.lengths[1])
         if len(prompt.ids) + longest > self.max_length:
             if self.truncation == "error":
                 raise self._too_long(row, prompt, longest, "the row is longer than max_length")
@@ -312,8 +340,8 @@ class Encoder:
             raise self._too_long(row, prompt, longest, "prompt longer than max_length, no token of the answer is left")
         return [_Ids(answer.ids[:room], answer.supervised[:room]) for answer in answers]
 
-    def _too_long(self, row: Any, prompt: _Ids, longest: int, message: str) -> DataError:
-        return DataError(
+    def _too_long(self, row: Any, prompt: _Ids, longest: int, message: str) -> LengthError:
+        return LengthError(
             f"{message}: {len(prompt.ids)} prompt tokens and {longest} of the answer, {self.max_length} allowed",
             row.source,
             row.number,

@@ -65,7 +65,9 @@ def added(before: Recorder, after: Recorder, step: int) -> Tensors:
     return {name: after.gradients[step][name] - value for name, value in before.gradients[step].items()}
 
 
-def gradient_of(penalty: Callable[[Tensors, Tensors], torch.Tensor], at: Tensors, anchor: Tensors) -> tuple[float, Tensors]:
+def gradient_of(
+    penalty: Callable[[Tensors, Tensors], torch.Tensor], at: Tensors, anchor: Tensors
+) -> tuple[float, Tensors]:
     """Value and autograd gradient of a penalty."""
     leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
     loss = penalty(leaves, anchor)
@@ -79,7 +81,9 @@ def quadratic(factors: Tensors, parameters: Tensors, anchor: Tensors) -> torch.T
     return torch.stack(terms).sum()
 
 
-def drift_until(recorder: Recorder, phase: int, step_reduce: Callable[[torch.Tensor], torch.Tensor], decay: float) -> Tensors:
+def drift_until(
+    recorder: Recorder, phase: int, step_reduce: Callable[[torch.Tensor], torch.Tensor], decay: float
+) -> Tensors:
     """Importance at the start of a phase: what the other objective's phases moved, by the recorded phase starts."""
     starts = recorder.phase_starts
     total: Tensors = {}
@@ -322,6 +326,7 @@ def test_frozen_and_quantised_tensors_are_never_tracked(make_policy: Any, make_h
     assert len(trained) == 2 * 7 + 7
     ewc = ElasticWeightConsolidation(10.0, DriftImportance(), ProportionalWeights())
     run = fit(make_hybrid(policy, schedule=Interval(2, 2, 2)), ewc)
+    assert [row["train/preference/loss"] for row in run.first_preference_rows()] == pytest.approx([math.log(2)] * 2)
     state = ewc.state_dict()["held_for"]
     assert state.keys() == {"instruction", "preference"}
     assert all(tensors.keys() == trained for tensors in state.values())
@@ -368,7 +373,9 @@ def test_pull_is_added_after_accumulation_and_before_clipping(make_policy: Any, 
 
 def test_saturated_weights_are_warned_of(make_hybrid: Any, fit: Any) -> None:
     ewc = ElasticWeightConsolidation(1.0, weights=LiteralWeights())
-    with pytest.warns(UserWarning, match=r"EWC, phase 1 \(preference\): the weights are saturated, 1\.00 of 28 tensors"):
+    with pytest.warns(
+        UserWarning, match=r"EWC, phase 1 \(preference\): the weights are saturated, 1\.00 of 28 tensors"
+    ):
         run = fit(make_hybrid(schedule=Interval(1, 2, 2)), ewc)
     assert run.log.column("ewc/effective_tensors") == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=1e-6)
 

@@ -61,9 +61,7 @@ def test_label_smoothing_starts_at_ln_2_too(make_hybrid: Any, fit: Any) -> None:
 
 @pytest.mark.parametrize("reference", ["phase_start", "initial", "base"])
 @pytest.mark.parametrize("kind", ["fresh adapter", "given adapter", "full"])
-def test_every_reference_is_what_it_says(
-    reference: Any, kind: str, make_policy: Any, fit: Any, tmp_path: Any
-) -> None:
+def test_every_reference_is_what_it_says(reference: Any, kind: str, make_policy: Any, fit: Any, tmp_path: Any) -> None:
     """Alone, with a policy as it comes, only the bare base under a trained adapter is another model."""
     settings: dict[str, Any] = {"lora": None} if kind == "full" else {}
     if kind == "given adapter":

@@ -1,0 +1,103 @@
+"""Loading a base: what was asked for, or nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hbat_lightning import Policy, base_model
+from hbat_lightning.base_model import BaseSpec, fingerprint, load_model, load_tokenizer
+from hbat_lightning.data import embedded
+from hbat_lightning.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("quantization", "kind"), [("nf4", bnb.nn.Linear4bit), ("int8", bnb.nn.Linear8bitLt)])
+def test_all_linear_layers_but_the_output_are_quantised(quantization: Any, kind: type) -> None:
+    model = load_model(BaseSpec(embedded.TINY_LLAMA, quantization), CPU)
+    output = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 2 * 7 + 1
+    assert all(isinstance(module, kind) == (module is not output) for module in linear)
+    plain = AutoModelForCausalLM.from_pretrained
+    with embedded.materialise(embedded.TINY_LLAMA) as folder:
+        names = {name for name, module in plain(folder).named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, module in model.named_modules() if isinstance(module, kind)} == names - {"lm_head"}
+
+
+def test_nf4_is_four_bits_with_double_quantisation() -> None:
+    model = load_model(BaseSpec(embedded.TINY_LLAMA, "nf4"), CPU)
+    layer = next(module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.numel() * 2 == layer.in_features * layer.out_features
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_layer_that_stayed_in_full_precision_is_refused(quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"load_in_4bit": True} if quantization == "nf4" else {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head", "v_proj"])
+    monkeypatch.setattr(base_model, "_quantization_config", lambda spec: config)
+    message = (
+        f"{quantization} was asked for, but 2 linear layers are in full precision (model.layers.0.self_attn.v_proj"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_model(BaseSpec(embedded.TINY_LLAMA, quantization), CPU)
+
+
+def test_a_model_without_any_quantised_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_model(BaseSpec(embedded.TINY_LLAMA), CPU)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: plain)
+    with pytest.raises(UserError, match="nf4 was asked for, but 14 linear layers are in full precision"):
+        load_model(BaseSpec(embedded.TINY_LLAMA, "nf4"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (BaseSpec(embedded.TINY_LLAMA), torch.float32),
+        (BaseSpec(embedded.TINY_LLAMA, dtype="bfloat16"), torch.bfloat16),
+        (BaseSpec(embedded.TINY_LLAMA, "nf4"), torch.bfloat16),
+        (BaseSpec(embedded.TINY_LLAMA, "nf4", "float32"), torch.float32),
+    ],
+)
+def test_storage_types_are_those_asked_for(spec: BaseSpec, dtype: torch.dtype) -> None:
+    assert load_model(spec, CPU).get_input_embeddings().weight.dtype == dtype
+
+
+def test_a_full_fine_tune_is_in_fp32_whatever_the_files_are(tmp_path: Path, base_folder: str) -> None:
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(BaseSpec(str(tmp_path)), CPU).dtype == torch.bfloat16
+    policy = Policy(str(tmp_path), lora=None)
+    policy.build(CPU)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+def test_fingerprint_tells_bases_apart_and_folders_not(base_folder: str) -> None:
+    first = fingerprint(load_model(BaseSpec(embedded.TINY_LLAMA), CPU))
+    assert fingerprint(load_model(BaseSpec(base_folder), CPU)) == first
+    assert fingerprint(load_model(BaseSpec(embedded.TINY_LLAMA, "nf4"), CPU)) != first
+    assert fingerprint(load_model(BaseSpec(embedded.TINY_LLAMA, dtype="bfloat16"), CPU)) != first
+    other = load_model(BaseSpec(embedded.TINY_LLAMA), CPU)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 3] *= 1.001
+    assert fingerprint(other) != first
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda spec: load_model(spec, CPU)])
+def test_what_is_not_there_ends_in_one_line_that_says_where_to_look(load: Any, tmp_path: Path) -> None:
+    for name in (str(tmp_path), "no-such-org/no-such-model"):
+        with pytest.raises(UserError, match=r"model_name_or_path: a folder with config\.json, or a hub id") as caught:
+            load(BaseSpec(name))
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
