@@ -5,10 +5,11 @@ from hbat_lightning import quiet  # isort: skip  before the libraries that it si
 quiet.install()
 
 # ruff: noqa: E402
+from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.module import DataSource, HybridDataModule
 from hbat_lightning.hybrid import HybridAlignmentModule
 from hbat_lightning.objectives import DPOModule, SFTModule
-from hbat_lightning.policy import GenerationSettings, LoraSettings, Policy
+from hbat_lightning.policy import GenerationSettings, Policy
 
 __version__ = "0.1.0"
 

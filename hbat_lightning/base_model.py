@@ -156,8 +156,10 @@ def _keep_differentiable(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 it does so at the first pass in evaluation mode, for a kernel that has no backward pass:
     every gradient after the first validation would silently lack what flows through quantised layers.
     """
+    import bitsandbytes as bnb
+
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
+        if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = False
 
 

@@ -181,20 +181,20 @@ def warnings(source: SourceFindings, tokenizer: dict[str, Any]) -> list[str]:
     unsupervised = sum(part.unsupervised for part in parts)
     stops = [part.ending_in_stop for part in parts if part.ending_in_stop is not None]
     said = [
-        (_count(fatal), f"would end the run: {_count(fatal):,}, the first: {fatal[0].first[0] if fatal else ''}"),
-        (_count(left_out), f"are left out: {_count(left_out):,}, the first: {left_out[0].first[0] if left_out else ''}"),
-        (dropped, f"are left out, being longer than max_length: {dropped:,}"),
-        (cut, f"lose the end of an answer and its stop token, so that no stop is learnt there: {cut:,}"),
-        (unsupervised, f"have no token to learn: {unsupervised:,}"),
-        (twice.across, f"are held out but stand in training too, so that held-out figures will flatter: {twice.across:,}"),
-        (twice.inside_train, f"repeat an earlier row of training: {twice.inside_train:,}"),
+        (_count(fatal), "would end the run"),
+        (_count(left_out), "are left out, being invalid"),
+        (dropped, "are left out, being longer than max_length"),
+        (cut, "lose the end of an answer and its stop token, so that no stop is learnt there"),
+        (unsupervised, "have no token to learn"),
+        (twice.across, "are held out but stand in training too, so that held-out figures will flatter"),
+        (twice.inside_train, "repeat an earlier row of training"),
     ]
-    lines = [f"rows that {what}" for count, what in said if count]
+    lines = [f"rows that {what}: {count:,}" for count, what in said if count]
     if not cut and any(share < 1 for share in stops):
         lines.append("not every answer ends in a stop token")
     bos = tokenizer["bos"]
     if bos["token"] and bos != tokenizer["eos"] and any(part.bos.get("none") for part in parts):
-        lines.append(f"the tokenizer has a bos token, {bos['token']}, but neither it nor the template puts it before rows")
+        lines.append(f"the tokenizer has a bos token, {bos['token']}, that neither it nor the template writes")
     if train.usable < source.rounds:
         lines.append(f"{train.usable:,} usable training rows are fewer than the schedule's {source.rounds} rounds")
     if not held_out.usable:

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_frozen_twin, attach_adapter
 from hbat_lightning.base_model import BaseSpec, DType, Quantization, fingerprint, load_model, load_tokenizer
 from hbat_lightning.errors import UserError
-from hbat_lightning.functional import selected_log_probs
+from hbat_lightning.scoring import TokenScores, score_tokens
 
 Reference = Literal["phase_start", "initial", "base"]
-
-TRAINED = "default"  # PEFT's own name of the first adapter; an exported folder has no name in its keys
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the linear layers.
-
-    Attributes:
-        r: Rank.
-        alpha: Scale; the update is ``alpha / r · B A``.
-        dropout: Dropout before A, in instruction phases only.
-        target_modules: ``all-linear`` (all but the output layer), or names of layers.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -60,28 +40,6 @@ class GenerationSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What the policy says of the supervised tokens of a batch.
-
-    Attributes:
-        log_probs: ``(N,)`` fp32, one per supervised token, row by row.
-        row: ``(N,)`` the row of the batch each belongs to.
-        correct: ``(N,)`` whether the token is the most likely one; only where it was asked for.
-        rows: Rows of the batch, B.
-    """
-
-    log_probs: Tensor
-    row: Tensor
-    correct: Tensor | None
-    rows: int
-
-    def row_sums(self, values: Tensor | None = None) -> Tensor:
-        """Sum per row: ``(N,)`` -> ``(B,)``. Of the log-probabilities unless other values are given."""
-        values = self.log_probs if values is None else values
-        return values.new_zeros(self.rows).index_add(0, self.row, values)
 
 
 _DEFAULT_LORA = LoraSettings()
@@ -173,7 +131,7 @@ class Policy(nn.Module):
             self.model = model
             model.requires_grad_(True)
         else:
-            self.model = self._attach_adapter(model, self.lora)
+            self.model = attach_adapter(model, self.lora, self.adapter_path, self.spec.name)
             self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
             self._size += sum(parameter.numel() for parameter in self.trained_parameters().values())
         if self.gradient_checkpointing:
@@ -183,26 +141,6 @@ class Policy(nn.Module):
         """Take the frozen snapshots that these references need, of the policy as it is now; none twice."""
         for reference in sorted(set(references)):
             self._add_snapshot(reference)
-
-    def _attach_adapter(self, model: Any, lora: LoraSettings) -> nn.Module:
-        model.requires_grad_(False)
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise UserError(f"lora.target_modules: {error}") from error
-        if self.adapter_path is not None:
-            _load_adapter_weights(adapted, self.adapter_path, lora)
-        adapted.peft_config[TRAINED].base_model_name_or_path = self.spec.name
-        for parameter in self._named_trained(adapted).values():
-            parameter.data = parameter.data.float()  # steps of 1e-5 do not move a bfloat16 adapter
-        return cast(nn.Module, adapted)
 
     def _snapshot_name(self, reference: Reference) -> str | None:
         """Which snapshot serves a reference; ``None`` where the bare base does."""
@@ -223,20 +161,7 @@ class Policy(nn.Module):
             values = dict(frozen.named_parameters())
             self._snapshots[name] = {key: values[key] for key in trained}
             return
-        adapted = cast(PeftModel, self._model)
-        config = copy.deepcopy(adapted.peft_config[TRAINED])
-        config.lora_dropout = 0.0
-        flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
-        adapted.add_adapter(name, config)
-        adapted.set_adapter(TRAINED)
-        values = dict(adapted.named_parameters())
-        for key, trains in flags.items():
-            values[key].requires_grad_(trains)  # PEFT has set the flags anew, also of what the user froze
-            if f".{TRAINED}." in key:
-                twin = values[key.replace(f".{TRAINED}.", f".{name}.")]
-                twin.requires_grad_(False)
-                twin.data = values[key].detach().clone()
-        self._snapshots[name] = {key: values[key.replace(f".{TRAINED}.", f".{name}.")] for key in trained}
+        self._snapshots[name] = add_frozen_twin(cast(PeftModel, self._model), name)
 
     @property
     def _model(self) -> nn.Module:
@@ -330,22 +255,6 @@ class Policy(nn.Module):
         for name, rate in own.items():
             setattr(layer, name, rate if dropout else 0.0)
 
-    @contextlib.contextmanager
-    def _adapters(self, active: list[str]) -> Iterator[None]:
-        """Run with other adapters, by setting PEFT's private field.
-
-        PEFT's own contexts walk all modules and flip ``requires_grad``: thirty times slower, and they undo whatever the
-        user froze.
-        """
-        before = [layer._active_adapter for layer in self._adapter_layers]
-        for layer in self._adapter_layers:
-            layer._active_adapter = active
-        try:
-            yield
-        finally:
-            for layer, names in zip(self._adapter_layers, before, strict=True):
-                layer._active_adapter = names
-
     # ---- log-probabilities ----------------------------------------------------------------------------------------
 
     def score(self, inputs: dict[str, Tensor], with_correct: bool = False) -> TokenScores:
@@ -355,29 +264,16 @@ class Policy(nn.Module):
             inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
             with_correct: Also say for each token whether it is the most likely one.
         """
-        return self._score(self._model, inputs, with_correct)
+        return score_tokens(self._model, inputs, self._takes_positions, with_correct)
 
     @torch.no_grad()
     def score_reference(self, inputs: dict[str, Tensor], reference: Reference) -> TokenScores:
         """The same under a reference, without a graph and without dropout."""
         name = self._snapshot_name(reference)
         if self.lora is None:
-            return self._score(self.frozen_copies[cast(str, name)], inputs, with_correct=False)
-        with self._adapters([] if name is None else [name]):
-            return self._score(self._model, inputs, with_correct=False)
-
-    def _score(self, model: nn.Module, inputs: dict[str, Tensor], with_correct: bool) -> TokenScores:
-        labels, mask = inputs["labels"], inputs["attention_mask"]
-        targets = labels[:, 1:]
-        row, column = (targets != IGNORE).nonzero(as_tuple=True)
-        arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask, "use_cache": False}
-        if self._takes_positions:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        with _only_rows(_output_layer(model), row * labels.shape[1] + column):
-            logits = model(**arguments).logits[0]
-        chosen = targets[row, column]
-        correct = logits.argmax(-1) == chosen if with_correct else None
-        return TokenScores(selected_log_probs(logits, chosen), row, correct, labels.shape[0])
+            return score_tokens(self.frozen_copies[cast(str, name)], inputs, self._takes_positions)
+        with active_adapters(self._adapter_layers, [] if name is None else [name]):
+            return score_tokens(self._model, inputs, self._takes_positions)
 
     # ---- generation and export ------------------------------------------------------------------------------------
 
@@ -433,32 +329,6 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def _output_layer(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, cast(Any, model).get_output_embeddings())
-
-
-@contextlib.contextmanager
-def _only_rows(output_layer: nn.Module, index: Tensor) -> Iterator[None]:
-    """Let only some positions through to the vocabulary.
-
-    The hook replaces the output layer's input ``(B, T, H)`` by ``(1, N, H)``. So every model's own treatment of its
-    logits (soft-capping, scaling) still applies, and no tensor of size B·T·V is ever made.
-
-    Args:
-        output_layer: The model's output embeddings.
-        index: ``(N,)`` positions in ``B·T``.
-    """
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[index].unsqueeze(0), *args[1:])
-
-    handle = output_layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _until_stop(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop) + 1] if stop in ids else ids
 
@@ -466,25 +336,3 @@ def _until_stop(ids: list[int], stop: int) -> list[int]:
 def _element_count(model: nn.Module) -> int:
     """Number of weights; a 4-bit tensor stores two in a byte."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
-
-
-def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings) -> None:
-    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-
-    try:
-        saved = PeftConfig.from_pretrained(folder)
-        weights = load_peft_weights(folder, device="cpu")
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter_path {folder}: not a PEFT folder ({str(error).splitlines()[0]})") from error
-    if (saved.r, saved.lora_alpha) != (lora.r, lora.alpha):
-        raise UserError(
-            f"adapter_path {folder} has r {saved.r}, alpha {saved.lora_alpha}; policy.init_args.lora says r {lora.r}, "
-            f"alpha {lora.alpha}. Make them equal"
-        )
-    result = set_peft_model_state_dict(model, weights)
-    missing = [name for name in result.missing_keys if ".lora_" in name]
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"adapter_path {folder} does not fit this base or these target_modules: "
-            f"{(missing + list(result.unexpected_keys))[0]}"
-        )

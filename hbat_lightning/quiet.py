@@ -12,7 +12,7 @@ _LOGGED = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
 _WARNED = (
-    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 asks transformers 5 by its old name
+    ".*gradient_checkpointing.* is deprecated",  # PEFT 0.21 and transformers 5 use old names of their own methods
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 inside itself, with torch 2.13
     "Couldn't infer the batch indices",  # our loaders yield whole batches; nobody asks for indices
     ".*does not have many workers",  # rows are encoded beforehand; collating them needs no worker

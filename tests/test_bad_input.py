@@ -219,6 +219,7 @@ WRONG_SETTINGS = [
     ("--model.init_args.preference.init_args.betta", "1", ["preference.init_args.betta", "did you mean beta?"]),
     ("--model.init_args.policy.init_args.lora.r", "x", ["model.init_args.policy.init_args.lora.r is 'x'"]),
     ("--model.init_args.schedule", "Round", ["model.init_args.schedule", "'Round'"]),
+    ("--model.init_args.optimizer", "AdamW", ["model.init_args.optimizer", "torch.optim.AdamW, bitsandbytes"]),
     ("--trainer.bogus", "1", ["--trainer.bogus", "hbat fit --help"]),
     ("--model.init_args.preference.init_args.beta", "-1", ["beta must be > 0"]),
     ("--model.init_args.schedule.init_args.rounds", "0", ["rounds must be at least 1"]),

@@ -95,7 +95,7 @@ def test_the_gpu_layer_parses() -> None:
 
 
 def test_short_class_names() -> None:
-    optimizer = ["--model.init_args.optimizer", "Adagrad", "--model.init_args.optimizer.init_args.lr", "0.5"]
+    optimizer = ["--model.init_args.optimizer", "NAdam", "--model.init_args.optimizer.init_args.lr", "0.5"]
     cli = parsed(
         *["--model", "HybridAlignmentModule", "--model.init_args.policy", "Policy", "--data", "HybridDataModule"],
         *[f"{POLICY}.model_name_or_path", "embedded://tiny-llama", *optimizer],
@@ -103,14 +103,14 @@ def test_short_class_names() -> None:
         *["--model.init_args.schedule", "Interval", "--model.init_args.lr_schedule", "Linear"],
         *["--data.init_args.instruction.path", "a.json", "--data.init_args.preference.path", "b.json"],
         *["--trainer.callbacks+=ElasticWeightConsolidation", "--trainer.callbacks.importance=DriftImportance"],
-        *["--trainer.callbacks.weights=UniformWeights", "--trainer.accelerator", "cpu"],
+        *["--trainer.callbacks.weights=RawWeights", "--trainer.accelerator", "cpu"],
     )
     assert isinstance(cli.model, HybridAlignmentModule)
     assert type(cli.model.schedule).__name__ == "Interval"
     assert type(cli.model.lr_schedule).__name__ == "Linear"
     assert cli.model.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"] == 0.5
     (ewc,) = [one for one in cli.trainer.callbacks if type(one).__name__ == "ElasticWeightConsolidation"]
-    assert type(ewc.weights).__name__ == "UniformWeights"
+    assert type(ewc.weights).__name__ == "RawWeights"
 
 
 def test_overrides_of_the_named_keys() -> None:

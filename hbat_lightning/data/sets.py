@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.scoring import IGNORE
 from hbat_lightning.stream import MicroBatch, TrainingSet
-
-IGNORE = -100
 
 
 def pad_right(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

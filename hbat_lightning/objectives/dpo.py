@@ -12,8 +12,9 @@ from hbat_lightning.alignment import OptimizerState, default_optimizer
 from hbat_lightning.functional import dpo_loss
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.objectives.base import ObjectiveModule
-from hbat_lightning.policy import IGNORE, GenerationSettings, Policy, Reference
+from hbat_lightning.policy import GenerationSettings, Policy, Reference
 from hbat_lightning.schedules import PREFERENCE
+from hbat_lightning.scoring import IGNORE
 from hbat_lightning.sums import Sums
 
 _DEFAULT_GENERATION = GenerationSettings()

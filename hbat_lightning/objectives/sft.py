@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.objectives.base import ObjectiveModule
-from hbat_lightning.policy import Policy, TokenScores
+from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import INSTRUCTION
+from hbat_lightning.scoring import TokenScores
 from hbat_lightning.sums import Sums
 
 

@@ -131,3 +131,9 @@ def test_training_without_dropout_and_with_checkpointed_layers(make_policy: Any,
     layers = [part for part in modules if isinstance(part, GradientCheckpointingLayer)]
     assert layers
     assert all(layer.training for layer in layers)
+
+
+def test_a_second_fit_of_the_same_module_takes_a_new_reference(make_policy: Any, fit: Any) -> None:
+    module = DPOModule(beta=0.5, lr=5e-3, policy=make_policy(), epochs=2)
+    for _ in range(2):
+        require_fresh_reference(fit(module), phases=1)

@@ -1,0 +1,130 @@
+"""LoRA adapters through PEFT: attaching one that trains, frozen twins of it, and switching between them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from hbat_lightning.errors import UserError
+
+TRAINED = "default"  # PEFT's own name of the first adapter; an exported folder has no name in its keys
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the linear layers.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the update is ``alpha / r · B A``.
+        dropout: Dropout before A, in instruction phases only.
+        target_modules: ``all-linear`` (all but the output layer), or names of layers.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, base_name: str) -> PeftModel:
+    """Freeze a model and give it an adapter that trains, in fp32.
+
+    Args:
+        model: The base.
+        lora: Rank, scale, dropout and layers.
+        adapter_path: A PEFT folder to take the weights from; new ones when not given.
+        base_name: What an exported adapter names as its base.
+
+    Raises:
+        UserError: When no layer matches, or the folder does not fit.
+    """
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {error}") from error
+    if adapter_path is not None:
+        _load_adapter_weights(adapted, adapter_path, lora)
+    adapted.peft_config[TRAINED].base_model_name_or_path = base_name
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # steps of 1e-5 do not move a bfloat16 adapter
+    return cast(PeftModel, adapted)
+
+
+def add_frozen_twin(adapted: PeftModel, name: str) -> dict[str, Tensor]:
+    """Add a frozen adapter with the values that the trained one has now.
+
+    Args:
+        adapted: The model with the trained adapter.
+        name: Name of the new adapter.
+
+    Returns:
+        Its tensors, by the names of the trained ones.
+    """
+    config = copy.deepcopy(adapted.peft_config[TRAINED])
+    config.lora_dropout = 0.0
+    trained = [key for key, value in adapted.named_parameters() if value.requires_grad]
+    flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
+    adapted.add_adapter(name, config)
+    adapted.set_adapter(TRAINED)
+    values = dict(adapted.named_parameters())
+    for key, trains in flags.items():
+        values[key].requires_grad_(trains)  # PEFT has set the flags anew, also of what the user froze
+        if f".{TRAINED}." in key:
+            twin = values[key.replace(f".{TRAINED}.", f".{name}.")]
+            twin.requires_grad_(False)
+            twin.data = values[key].detach().clone()
+    return {key: values[key.replace(f".{TRAINED}.", f".{name}.")] for key in trained}
+
+
+@contextlib.contextmanager
+def active_adapters(layers: Sequence[BaseTunerLayer], active: list[str]) -> Iterator[None]:
+    """Run with other adapters, by setting PEFT's private field.
+
+    PEFT's own contexts walk all modules and flip ``requires_grad``: thirty times slower, and they undo whatever the
+    user froze.
+    """
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = active
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
+
+
+def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings) -> None:
+    try:
+        saved = PeftConfig.from_pretrained(folder)
+        weights = load_peft_weights(folder, device="cpu")
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter_path {folder}: not a PEFT folder ({str(error).splitlines()[0]})") from error
+    if (saved.r, saved.lora_alpha) != (lora.r, lora.alpha):
+        raise UserError(
+            f"adapter_path {folder} has r {saved.r}, alpha {saved.lora_alpha}; policy.init_args.lora says r {lora.r}, "
+            f"alpha {lora.alpha}. Make them equal"
+        )
+    result = set_peft_model_state_dict(model, weights)
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"adapter_path {folder} does not fit this base or these target_modules: "
+            f"{(missing + list(result.unexpected_keys))[0]}"
+        )

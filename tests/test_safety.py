@@ -1,0 +1,164 @@
+"""No network, no telemetry, no foreign code, and no file outside the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hbat_lightning import Policy
+from hbat_lightning.base_model import BaseSpec, load_model, load_tokenizer
+from hbat_lightning.data import embedded
+from hbat_lightning.errors import UserError
+
+# Runs in a fresh interpreter. Audit hooks cannot be taken back, and see what libraries catch and hide: every attempt
+# to reach a host or to resolve a name, and every file opened for writing, whoever makes it.
+WATCHED_RUN = """
+    import json, os, socket, sys
+
+    reached, written = [], []
+
+    def watch(event, args):
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+            reached.append([event, repr(args[-1] if event == "socket.connect" else args[0])])
+            raise OSError("no network in this test")
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            mode, flags = args[1], args[2]
+            if (isinstance(mode, str) and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                written.append(os.path.abspath(os.fsdecode(args[0])))
+
+    sys.addaudithook(watch)
+    import torch
+
+    torch.set_num_threads(1)
+    from lightning.pytorch import Trainer
+    from hbat_lightning import (
+        DataSource, DPOModule, GenerationSettings, HybridAlignmentModule, HybridDataModule, LoraSettings, Policy, SFTModule
+    )
+    from hbat_lightning.callbacks import *
+    from hbat_lightning.data import embedded
+    from hbat_lightning.metrics_logger import MetricsLogger
+    from hbat_lightning.schedules import Rounds
+
+    folder = sys.argv[1]
+    module = HybridAlignmentModule(
+        Policy(embedded.TINY_LLAMA, quantization="nf4", lora=LoraSettings(r=4)),
+        SFTModule(), DPOModule(), Rounds(1, 1, 1), generation=GenerationSettings(max_new_tokens=4), seed=0,
+    )
+    data = HybridDataModule(
+        DataSource(embedded.INSTRUCTION, limit=8, val_fraction=0.25),
+        DataSource(embedded.PREFERENCE, limit=8, val_fraction=0.25),
+    )
+    trainer = Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=MetricsLogger(folder), num_sanity_val_steps=-1,
+        callbacks=[ElasticWeightConsolidation(), WindowCheckpoint(), SwitchReport(), PolicyExport(), PredictionWriter()],
+        enable_model_summary=False, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1,
+    )
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    trainer.predict(module, data)
+    print("REPORT" + json.dumps({"reached": reached, "written": written}))
+"""
+
+
+def test_a_whole_run_reaches_no_host_and_writes_only_into_its_folder(tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("home", "cwd", "tmp", "run")}
+    for place in places.values():
+        place.mkdir()
+    keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    environment = keep | {
+        "HOME": str(places["home"]),
+        "TMPDIR": str(places["tmp"]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # neither HF_HUB_OFFLINE nor any switch against telemetry: a user has not set them either
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WATCHED_RUN), str(places["run"])],
+        cwd=places["cwd"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.rpartition("REPORT")[2])
+    assert report["reached"] == []
+    fonts = places["home"] / ".cache" / "matplotlib"  # its list of fonts, made once per user by whatever draws first
+    allowed = (str(places["run"]), str(places["tmp"]), str(fonts), os.devnull, "/proc/", "/dev/")
+    assert [path for path in report["written"] if not path.startswith(allowed)] == []
+    left = [path for name in ("home", "cwd", "tmp") for path in places[name].rglob("*") if path.is_file()]
+    assert [path for path in left if not path.is_relative_to(fonts)] == []
+    names = {path.name for path in places["run"].iterdir()}
+    expected = {"metrics.csv", "switches.jsonl", "switches.png", "checkpoints", "adapter", "predictions.jsonl"}
+    assert names == expected
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_trust_remote_code_reaches_transformers_as_asked_and_is_off_by_default(
+    asked: bool, make_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        original = kind.from_pretrained
+
+        def load(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(kwargs["trust_remote_code"])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    policy = make_policy(**({"trust_remote_code": True} if asked else {}))
+    policy.build(torch.device("cpu"))
+    assert policy.tokenizer.eos_token == "<eos>"
+    assert seen == [asked, asked]
+
+
+def test_code_beside_a_model_is_not_run(tmp_path: Path, base_folder: str) -> None:
+    mark = tmp_path / "it ran"
+    folder = tmp_path / "model"
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
+    config = json.loads(Path(base_folder, "config.json").read_text())
+    config |= {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    with pytest.raises(UserError, match="the model could not be loaded"):
+        load_model(BaseSpec(str(folder)), torch.device("cpu"))
+    with pytest.raises(UserError):
+        Policy(str(folder)).build(torch.device("cpu"))
+    assert not mark.exists()
+
+
+def test_a_pickled_model_that_runs_code_is_not_loaded(tmp_path: Path, base_folder: str) -> None:
+    """Weights in a .bin file are read as tensors only."""
+    import shutil
+
+    mark = tmp_path / "it ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (open, (str(mark), "w"))
+
+    folder = tmp_path / "model"
+    shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"."):
+        load_model(BaseSpec(str(folder)), torch.device("cpu"))
+    assert not mark.exists()
+
+
+def test_an_embedded_model_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    load_tokenizer(BaseSpec(embedded.TINY_LLAMA))
+    model = load_model(BaseSpec(embedded.TINY_LLAMA), torch.device("cpu"))
+    assert list(tmp_path.iterdir()) == []
+    assert model.name_or_path == embedded.TINY_LLAMA  # nothing looks for the temporary folder later
