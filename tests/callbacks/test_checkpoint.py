@@ -8,26 +8,37 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
-from hbat_lightning import LoraSettings
+from hbat_lightning import DataSource, HybridDataModule, LoraSettings
 from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
+from hbat_lightning.data import embedded
 from hbat_lightning.schedules import Interval, Rounds
 from tests.support import same_bits
 
 
 class KeepAll(WindowCheckpoint):
-    """Keeps a copy of every file that is written, with the step and where in Lightning's loop it was."""
+    """Keeps a copy of every file that is written, with its step and how many validations there had been."""
 
     def __init__(self, folder: Path, every: int | None) -> None:
         super().__init__(every, str(folder))
-        self.copies: list[tuple[int, Path]] = []
+        self.copies: list[tuple[int, int, Path]] = []
+        self.validated_at: list[int] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.validated_at.append(trainer.global_step)
+        super().on_validation_end(trainer, pl_module)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         copy = Path(filepath).parent / f"copy-{len(self.copies)}.ckpt"
         shutil.copy(filepath, copy)
-        self.copies.append((trainer.global_step, copy))
+        self.copies.append((trainer.global_step, len(self.validated_at), copy))
+
+
+def position(path: Path) -> int:
+    """Micro-batches of the round that are done, by the file."""
+    state = torch.load(path, weights_only=True)
+    return int(state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"])
 
 
 @pytest.mark.parametrize(
@@ -40,58 +51,59 @@ def test_steps_at_which_it_saves(
     """At every switch, and every n steps in between; at a switch only after the validation."""
     keep = KeepAll(tmp_path, every)
     fit(make_hybrid(schedule=Interval(2, 3, 2)), keep, enable_checkpointing=True)
-    assert [step for step, _ in keep.copies] == steps
-    for step, path in keep.copies:
-        state = torch.load(path, weights_only=True)
-        position = state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"]
-        assert position == 3 * (step % 5 or 5)  # never inside a window of three micro-batches
+    assert [step for step, _, _ in keep.copies] == steps
+    for step, _, path in keep.copies:
+        assert position(path) == 3 * (step % 5 or 5)  # never inside a window of three micro-batches
     files = sorted(path.name for path in tmp_path.glob("*.ckpt") if not path.name.startswith("copy"))
     assert files == ["last.ckpt", "step=10.ckpt"]  # one file, and the link to it
     assert (tmp_path / "last.ckpt").is_symlink()
     assert (tmp_path / "last.ckpt").resolve() == tmp_path / "step=10.ckpt"
 
 
-class Validations(Callback):
-    def __init__(self) -> None:
-        self.at: list[int] = []
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.at.append(trainer.global_step)
-
-
-@pytest.mark.parametrize("interval", [1.0, 4], ids=["at switches", "and in between"])
+@pytest.mark.parametrize("interval", [1.0, 6], ids=["at switches", "and in between"])
 def test_every_file_of_a_run_leads_to_the_same_end(
     interval: Any, make_policy: Any, make_hybrid: Any, make_data: Any, fit: Any, tmp_path: Path
 ) -> None:
     """Growing rounds, dropout, EWC: each checkpoint, switches and round ends included, with no validation lost or doubled."""
 
-    def run(folder: str, ckpt_path: Path | None = None) -> tuple[Any, KeepAll, Validations]:
+    def run(folder: str, ckpt_path: Path | None = None) -> tuple[Any, KeepAll]:
         policy = make_policy(lora=LoraSettings(r=4, alpha=8, dropout=0.1))
         module = make_hybrid(policy, schedule=Rounds(2, 2, 1), optimizer_state="per_objective")
-        keep, seen = KeepAll(tmp_path / folder, 1), Validations()
-        done = fit(
-            module,
-            ElasticWeightConsolidation(20.0),
-            keep,
-            seen,
-            data=make_data(22, 14),
-            ckpt_path=ckpt_path,
-            enable_checkpointing=True,
-            val_check_interval=interval,
-        )
-        return done, keep, seen
+        ewc, keep = ElasticWeightConsolidation(20.0), KeepAll(tmp_path / folder, 1)
+        settings = {"data": make_data(22, 14), "enable_checkpointing": True, "val_check_interval": interval}
+        return fit(module, ewc, keep, ckpt_path=ckpt_path, **settings), keep
 
-    whole, keep, validations = run("whole")
+    whole, keep = run("whole")
     assert len(keep.copies) >= 10
-    for number, (step, path) in enumerate(keep.copies):
-        done, _, seen = run(f"from {number}", path)
+    for number, (step, validated, path) in enumerate(keep.copies):
+        if interval != 1.0 and step % 2:
+            continue  # odd steps are no others than at switches
+        done, again = run(f"from {number}", path)
         assert done.trainer.global_step == whole.trainer.global_step
         assert same_bits(whole.weights, done.weights), step
-        later = [at for at in validations.at if at > step]
-        assert [at for at in seen.at if at > step] == later, step
+        assert keep.validated_at[:validated] + again.validated_at == keep.validated_at, step
+        # Nor does the run that goes on save inside a window, whose gradients would be lost if it were stopped there.
+        later = [found for found in keep.copies if found[0] > step]
+        assert [(at, position(copy)) for at, _, copy in again.copies if at > step] == [
+            (at, position(copy)) for at, _, copy in later
+        ]
+        assert all(position(copy) % 3 == 0 for _, _, copy in again.copies), step
 
 
 def test_nothing_is_written_in_a_dry_run(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
     fit(make_hybrid(), WindowCheckpoint(1), fast_dev_run=3, enable_checkpointing=True)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_without_held_out_rows_it_saves_at_the_end_of_rounds(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
+    def data() -> HybridDataModule:
+        sources = [DataSource(path, limit=12, val_fraction=0.0) for path in (embedded.INSTRUCTION, embedded.PREFERENCE)]
+        return HybridDataModule(*sources, batch_size=2)
+
+    keep = KeepAll(tmp_path / "whole", None)
+    whole = fit(make_hybrid(schedule=Interval(3, 3, 2)), keep, data=data(), enable_checkpointing=True)
+    assert [(step, validated) for step, validated, _ in keep.copies] == [(5, 0), (10, 0), (15, 0)]
+    for _, _, path in keep.copies[:2]:
+        rest = fit(make_hybrid(schedule=Interval(3, 3, 2)), data=data(), ckpt_path=path)
+        assert rest.trainer.global_step == 15
+        assert same_bits(whole.weights, rest.weights)

@@ -298,6 +298,7 @@ def test_strength_0_is_bit_identical_to_no_callback(
         run = fit(module, *callbacks)
         ends.append((run.weights, run.log.column("train/preference/loss")))
         assert not run.log.column("ewc/penalty")
+        assert not any(callback.state_dict()["held_for"] for callback in callbacks)  # and nothing is spent on it
     for end, losses in ends[1:]:
         assert same_bits(ends[0][0], end)
         assert ends[0][1] == losses
