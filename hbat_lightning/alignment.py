@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,35 +25,16 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
+from hbat_lightning.objective import Objective
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
-from hbat_lightning.policy import GenerationSettings, Policy, Reference
+from hbat_lightning.policy import GenerationSettings, Policy
 from hbat_lightning.schedules import INSTRUCTION, Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
-from hbat_lightning.sums import Sums, Totals
+from hbat_lightning.sums import Totals
 from hbat_lightning.switches import PhaseCallback, PhaseKey
 from hbat_lightning.trainer_checks import check_trainer, next_validation
 
 OptimizerState = Literal["reset", "shared", "per_objective"]
-
-
-class Objective(Protocol):
-    """What the owning module asks of an objective."""
-
-    lr: float | None
-    dropout: bool
-
-    @property
-    def references(self) -> tuple[Reference, ...]:
-        """Frozen snapshots of the policy that the loss compares with."""
-
-    def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
-        """Sums over a micro-batch; ``"loss"`` is among them."""
-
-    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
-        """Sums over held-out rows."""
-
-    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
-        """See the held-out rows once under the initial policy."""
 
 
 def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:

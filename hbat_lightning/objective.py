@@ -1,0 +1,31 @@
+"""What the owning module asks of an objective, whatever its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from hbat_lightning.policy import Policy, Reference
+from hbat_lightning.sums import Sums
+
+
+class Objective(Protocol):
+    """What the owning module asks of an objective."""
+
+    lr: float | None
+    dropout: bool
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Frozen snapshots of the policy that the loss compares with."""
+
+    def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over a micro-batch; ``"loss"`` is among them."""
+
+    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """Sums over held-out rows."""
+
+    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
+        """See the held-out rows once under the initial policy."""
