@@ -62,6 +62,7 @@ class ElasticWeightConsolidation(PhaseCallback):
         """Ask for the phase-start snapshot, and forget an earlier run; a checkpoint is loaded after this."""
         if stage == "fit":
             self._objective, self._held_for = None, {}
+            self.importance.reset()
             _owner(pl_module).keep_phase_start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.report import draw_switches, read_switches, switch_table
@@ -42,8 +43,11 @@ class SwitchReport(PhaseCallback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a resumed run drop the rows of steps that will be done again."""
-        if is_dry_run(trainer) or trainer.global_step == 0:
+        """Drop the rows of an earlier run, or in a resumed one those of steps that will be done again."""
+        if is_dry_run(trainer):
+            return
+        if trainer.global_step == 0:
+            self.path(trainer).unlink(missing_ok=True)
             return
         rows = [row for row in read_switches(self.path(trainer)) if row["step"] <= trainer.global_step]
         self.path(trainer).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,17 +61,30 @@ class SwitchReport(PhaseCallback):
             return
         results = dict(pl_module.validation_results)
         if trainer.sanity_checking:
-            self._before = results
+            self._before = results if _sees_all(trainer) else {}  # figures of a few batches are no "before"
         elif trainer.training or trainer.validating:
             phase = pl_module.plan.ended_at(trainer.global_step) if trainer.state.fn == "fit" else None
             if phase is not None:
                 self._write(trainer, pl_module, phase, results)
 
     @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Without held-out rows there is no validation to wait for; drift and the EWC pull are kept all the same."""
+        if not isinstance(pl_module, AlignmentModule) or is_dry_run(trainer) or any(trainer.num_val_batches):
+            return
+        phase = pl_module.plan.ended_at(trainer.global_step)
+        if phase is not None and batch.last:
+            self._write(trainer, pl_module, phase, {})
+
+    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and draw the picture."""
         rows = [] if is_dry_run(trainer) else read_switches(self.path(trainer))
-        if rows:
+        if rows and not any(row["after"] for row in rows):
+            print("\nno held-out rows, so no figures at the switches: give val_path or val_fraction\n")
+        elif rows:
             draw_switches(rows, self.path(trainer).with_suffix(".png"))
             print("\nheld-out figures, before → after each phase\n" + switch_table(rows) + "\n")
 
@@ -117,3 +134,10 @@ class SwitchReport(PhaseCallback):
         after = module.policy.trained_parameters()
         norms = torch._foreach_norm(torch._foreach_sub([after[n].detach() for n in names], [before[n] for n in names]))
         return {name: float(norm) / before[name].numel() ** 0.5 for name, norm in zip(names, norms, strict=True)}
+
+
+def _sees_all(trainer: Any) -> bool:
+    """Whether the sanity check runs over all held-out rows."""
+    return all(
+        some >= every for some, every in zip(trainer.num_sanity_val_batches, trainer.num_val_batches, strict=True)
+    )

@@ -2,7 +2,7 @@
 
 from hbat_lightning import quiet  # isort: skip  before the libraries that it silences
 
-quiet.install()
+quiet.quieten_imports()
 
 # ruff: noqa: E402
 from hbat_lightning.adapters import LoraSettings

@@ -55,15 +55,12 @@ def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, bas
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # fp32: small steps do not move bf16
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
     if adapter_path is not None:
         _load_adapter_weights(adapted, adapter_path, lora)
     adapted.peft_config[TRAINED].base_model_name_or_path = base_name
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # steps of 1e-5 do not move a bfloat16 adapter
     return cast(PeftModel, adapted)
 
 

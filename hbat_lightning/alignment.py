@@ -28,7 +28,7 @@ from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import GenerationSettings, Policy
-from hbat_lightning.schedules import INSTRUCTION, Plan, Schedule
+from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
 from hbat_lightning.sums import Totals
 from hbat_lightning.switches import PhaseCallback, PhaseKey
@@ -123,7 +123,10 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before weights are loaded."""
         if stage == "fit":
-            self._phase = None  # a second run of the same module begins its own phases; a checkpoint will say otherwise
+            # A second run of the same module begins anew; a checkpoint, loaded after this, will say otherwise.
+            self._phase = None
+            self._window = Totals()
+            self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
             for note in self._data.notes:
                 rank_zero_info(note)
@@ -131,15 +134,16 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Build the policy; Lightning calls this for every entry point, before it restores a checkpoint."""
         device, fresh = self.trainer.strategy.root_device, not self.policy.built
+        lines: list[str] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(stable_seed(self.run_seed, "policy"))
             self.policy.build(device)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 references = {reference for objective in self.objectives.values() for reference in objective.references}
-                self.policy.add_snapshots(references | ({"phase_start"} if self._wants_snapshot else set()))
-        if fresh:
-            for line in self.policy.describe():
-                rank_zero_info(line)
+                lines = self.policy.add_snapshots(references | ({"phase_start"} if self._wants_snapshot else set()))
+                self.policy.take_snapshot("initial")
+        for line in (self.policy.describe() if fresh else []) + lines:
+            rank_zero_info(line)
         if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING):
             self._prepare_evaluation(device)
 
@@ -147,8 +151,12 @@ class AlignmentModule(LightningModule):
     def _prepare_evaluation(self, device: torch.device) -> None:
         """Let objectives see the held-out rows under the initial policy: no checkpoint has been restored yet.
 
-        Once per set of rows: a later ``validate`` in the same process must not take the trained policy for the initial.
+        Once per set of rows. Other rows, that come when the policy has trained already, are scored by what still stands
+        for the initial one: the bare base of a new adapter.
         """
+        began = self._phase is not None
+        score = self.policy.score_initial if began else self.policy.score
+
         self.policy.to(device)
         self.policy.eval()
         for loader in self._data.val_dataloader():
@@ -156,7 +164,7 @@ class AlignmentModule(LightningModule):
                 continue
             batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader)
             with self.trainer.precision_plugin.forward_context():
-                self.objectives[loader.objective].prepare_evaluation(self.policy, batches)
+                self.objectives[loader.objective].prepare_evaluation(score, batches)
             self._prepared[loader.objective] = loader.data.digest
 
     def configure_optimizers(self) -> Any:
@@ -168,7 +176,11 @@ class AlignmentModule(LightningModule):
 
     def _lr_factor(self, base: float) -> Callable[[int], float]:
         plan, shape = self.plan, self.lr_schedule
-        peaks = {name: (objective.lr or base) / base for name, objective in self.objectives.items()}
+        if base <= 0:
+            raise UserError(
+                f"optimizer.init_args.lr must be above 0, got {base}: objectives' rates are told relative to it"
+            )
+        peaks = {name: 1.0 if o.lr is None else o.lr / base for name, o in self.objectives.items()}
 
         def factor(step: int) -> float:
             phase, inside = plan.at(step)
@@ -250,7 +262,8 @@ class AlignmentModule(LightningModule):
             count: How many rows; fewer where the shard has fewer.
 
         Yields:
-            Gradient of the row's loss by parameter name; ``.grad`` is left alone.
+            Gradient of the row's summed loss (of its negative log-likelihood, or of its pair's loss) by parameter name;
+            ``.grad`` is left alone.
         """
         stream, objective = self._data.stream, phase.objective
         shard = next(part.shard for part in self.plan.phases if part.index == phase.number)
@@ -260,8 +273,7 @@ class AlignmentModule(LightningModule):
             batch = MicroBatch(stream.data[objective].collate([row]), objective)
             inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-                total, units = self.objectives[objective].loss(self.policy, inputs)["loss"]
-                loss = total / units
+                loss = self.objectives[objective].loss(self.policy, inputs)["loss"][0]
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             yield {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
         self.policy.set_training(self.objectives[objective].dropout)
@@ -303,7 +315,7 @@ class AlignmentModule(LightningModule):
     def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, as plain rows."""
         tokenizer = self.policy.tokenizer
-        stop = self._data.encoder(INSTRUCTION, tokenizer).stop_token_id
+        stop = self._data.encoder(self._data.prompt_source, tokenizer).stop_token_id
         generated = self.policy.generate(
             batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
         )
@@ -334,6 +346,11 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else, by name; take over the phase in hand."""
+        if self._trainer is None:
+            raise UserError(
+                "load_from_checkpoint has no base model to put the adapter on: pass ckpt_path to the Trainer's fit, validate, "
+                "test or predict, or load the run's adapter/ with PEFT"
+            )
         adopt_state(checkpoint, self.policy, training=self.trainer.state.fn == TrainerFn.FITTING)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])

@@ -12,20 +12,21 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 import hbat_lightning.importance
 import hbat_lightning.lr
 import hbat_lightning.schedules  # noqa: F401  imported so that short class names work in configurations
+from hbat_lightning import quiet
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionWriter, SwitchReport, WindowCheckpoint
 from hbat_lightning.config_errors import readable
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import UserError
 from hbat_lightning.metrics_logger import MetricsLogger
-from hbat_lightning.run_folder import clear, find_checkpoint, mark_finished, require_free
+from hbat_lightning.run_folder import clear, find_checkpoint, leave_mark, require_free
 from hbat_lightning.trainer_checks import is_dry_run
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -107,17 +108,22 @@ class HbatCLI(LightningCLI):
         loggers = given.get("logger")
         if loggers is not False:
             extra = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
-            kwargs["logger"] = [MetricsLogger(str(self.run_folder)), *extra]
+            # Lightning logs evaluations outside fit as step 0, which would stand in the middle of a curve.
+            name = "metrics.csv" if self.subcommand in (None, "fit") else "evaluation.csv"
+            kwargs["logger"] = [MetricsLogger(str(self.run_folder), name), *extra]
         own = given.get("callbacks") or []
         own = list(own) if isinstance(own, list) else [own]
         kwargs["callbacks"] = own + _standard_callbacks(own, given)
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        """Mark the run as finished, and say where things are."""
+        """Mark the run as finished or stopped, and say where things are."""
         if is_dry_run(self.trainer):
             return
-        mark_finished(self.run_folder, {"steps": self.trainer.global_step, "rounds": self.trainer.current_epoch})
+        steps, planned = self.trainer.global_step, self.model.plan.total_steps
+        leave_mark(self.run_folder, steps >= planned, {"steps": steps, "planned_steps": planned})
+        if steps < planned:
+            print(f"stopped after {steps} of {planned} steps: go on with --ckpt_path last")
         names = ("metrics.csv", "switches.jsonl", "switches.png", "config.yaml", "checkpoints", "adapter", "model")
         present = [name for name in names if (self.run_folder / name).exists()]
         print(f"run folder: {self.run_folder}\n" + "\n".join(f"  {name}" for name in present))
@@ -151,7 +157,7 @@ def _standard_callbacks(own: list[Callback], trainer: dict[str, Any]) -> list[Ca
     """Those of the standard callbacks that the configuration did not give itself, or switch off."""
     standard: list[tuple[type[Callback], Callback, bool]] = [
         (ProgressBar, PhaseProgressBar(), trainer.get("enable_progress_bar") is not False),
-        (Checkpoint, WindowCheckpoint(), trainer.get("enable_checkpointing") is not False),
+        (WindowCheckpoint, WindowCheckpoint(), trainer.get("enable_checkpointing") is not False),
         (SwitchReport, SwitchReport(), True),
         (PolicyExport, PolicyExport(), True),
         (PredictionWriter, PredictionWriter(), True),
@@ -215,6 +221,7 @@ def _information_on_stdout() -> Iterator[None]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``hbat`` and ``python -m hbat_lightning``. A user's mistake ends in one line and exit code 2."""
     args = sys.argv[1:] if args is None else args
+    quiet.install()
     try:
         with _information_on_stdout():
             if args and args[0] in COMMANDS:

@@ -92,6 +92,8 @@ def _fault(said: str, path: list[str], owner: str, value: str) -> str | None:
     """The line for a leaf of the tree, or ``None`` for one that says nothing."""
     if option := _NO_OPTION.match(said):
         return _unknown_key(".".join([*path, option[1]]), option[1], owner)
+    if value == "None" and path[-1:] == ["lora"]:
+        return f"{_plain_key(path)} cannot be null on the command line: add --config configs/policy/full.yaml"
     if no_class := _NO_CLASS.search(said):
         name = no_class[1] or no_class[2] or value
         return f"{_plain_key(path)}: {name!r} is no class that fits here; give its full path, as package.module.Class"

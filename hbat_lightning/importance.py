@@ -61,6 +61,9 @@ class Importance(ABC):
             return dict(new)
         return {name: self.decay * old[name] + value for name, value in new.items()}
 
+    def reset(self) -> None:  # noqa: B027  most importances have no state
+        """Forget everything: a new run begins."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """What has been observed in the phase in hand."""
         return {}
@@ -113,6 +116,10 @@ class RandomImportance(Importance):
         values = torch.rand(len(after), generator=generator)
         return {name: values[n].to(value.device) for n, (name, value) in enumerate(after.items())}
 
+    def reset(self) -> None:
+        """Draw from the start again."""
+        self._draws = 0
+
     def state_dict(self) -> dict[str, Tensor]:
         """How often was drawn."""
         return {"draws": torch.tensor(self._draws)}
@@ -138,6 +145,10 @@ class RunningFisher(Importance):
         super().__init__(decay, per_element)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        self._sums, self._steps = {}, 0
 
     @torch.no_grad()
     def observe(self, gradients: Tensors, units: float) -> None:
@@ -171,10 +182,11 @@ class RunningFisher(Importance):
 
 
 class ExactFisher(Importance):
-    """Diagonal empirical Fisher: the mean of squared per-row gradients over some rows, at the end of the phase.
+    """Diagonal empirical Fisher: the mean of squared gradients of a row's log-likelihood, at the end of the phase.
 
     The square is taken row by row, before the mean; the mean of gradients, squared, is another and much smaller thing
-    (van de Ven 2025, arXiv 2502.11756). Labels are those of the data.
+    (van de Ven 2025, arXiv 2502.11756). Labels are those of the data. A row's log-likelihood is the sum over its tokens
+    (for pairs: minus the pair's loss); :class:`RunningFisher` is per token, so under one strength the two pull differently.
 
     Args:
         samples: Rows to run through.

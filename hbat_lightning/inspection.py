@@ -69,9 +69,9 @@ def _source(
     data: HybridDataModule, name: str, tokenizer: PreTrainedTokenizerBase, seed: int, shards: int, examples: int
 ) -> SourceFindings:
     source = data.source(name)
-    files = [data.parse(name, source.path)]
-    if source.val_path:
-        files.append(data.parse(name, source.val_path))
+    files = [data.parse(name, *source.training)]
+    if source.held_out:
+        files.append(data.parse(name, *source.held_out))
         train, held_out = files[0].rows, files[1].rows
     else:
         train, held_out = data.hold_out(name, files[0].rows, seed)
@@ -82,7 +82,7 @@ def _source(
     for (part, audited), rows in zip(audits.items(), (train, held_out), strict=True):
         audited.read(rows, f"{name}, {part.replace('_', '-')} rows")
     # A part belongs to its own file, or both belong to the one there is.
-    owners = [[audits["training"]], [audits["held_out"]]] if source.val_path else [list(audits.values())]
+    owners = [[audits["training"]], [audits["held_out"]]] if source.held_out else [list(audits.values())]
     encoder = audits["training"].encoder
     return SourceFindings(
         objective=name,

@@ -19,12 +19,12 @@ class _ContinuingWriter(ExperimentWriter):
     Lightning asks for a writer before anything of a run has been checked. So nothing is touched until the first row.
     """
 
-    def __init__(self, log_dir: str) -> None:
+    def __init__(self, log_dir: str, filename: str) -> None:
         # Not the base class's own: it makes the folder.
         self.metrics: list[dict[str, float]] = []
         self.metrics_keys: list[str] = []
         self.hparams: dict[str, Any] = {}
-        self.log_dir, self.metrics_file_path = log_dir, str(Path(log_dir) / self.NAME_METRICS_FILE)
+        self.log_dir, self.metrics_file_path = log_dir, str(Path(log_dir) / filename)
         self._fs = get_filesystem(log_dir)
 
     def save(self) -> None:
@@ -42,23 +42,25 @@ class MetricsLogger(CSVLogger):
 
     Args:
         save_dir: The run folder.
+        filename: Name of the file in it.
     """
 
-    def __init__(self, save_dir: str) -> None:
+    def __init__(self, save_dir: str, filename: str = ExperimentWriter.NAME_METRICS_FILE) -> None:
         super().__init__(save_dir, name=None, version="", flush_logs_every_n_steps=1)
+        self._filename = filename
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer."""
         if self._experiment is None:
-            self._experiment = _ContinuingWriter(log_dir=self.save_dir)
+            self._experiment = _ContinuingWriter(self.save_dir, self._filename)
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
     def forget_from(self, step: int) -> None:
         """Drop rows of this optimizer step and later ones: a resumed run will write them again."""
-        path = Path(self.save_dir) / ExperimentWriter.NAME_METRICS_FILE
+        path = Path(self.save_dir) / self._filename
         if not path.exists():
             return
         self.save()

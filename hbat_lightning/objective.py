@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hbat_lightning.policy import Policy, Reference
+from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums
 
 
@@ -27,5 +28,5 @@ class Objective(Protocol):
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Sums over held-out rows."""
 
-    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
-        """See the held-out rows once under the initial policy."""
+    def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
+        """See the held-out rows once, with the scores of the initial policy."""

@@ -85,8 +85,11 @@ class Policy(nn.Module):
                 )
             if adapter_path is not None:
                 raise UserError("adapter_path needs policy.init_args.lora: a full fine-tune has no adapter")
-            if dtype == "auto":
-                dtype = "float32"  # an update of relative size 1e-5 is lost in bfloat16 weights
+            if dtype not in ("auto", "float32"):
+                raise UserError(
+                    f"a full fine-tune in {dtype} would lose its small steps: leave policy.init_args.dtype out"
+                )
+            dtype = "float32"
         self.spec = BaseSpec(model_name_or_path, quantization, dtype, revision, attn_implementation, trust_remote_code)
         self.lora = lora
         self.adapter_path = adapter_path
@@ -137,10 +140,25 @@ class Policy(nn.Module):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def add_snapshots(self, references: Iterable[Reference]) -> None:
-        """Take the frozen snapshots that these references need, of the policy as it is now; none twice."""
+    def add_snapshots(self, references: Iterable[Reference]) -> list[str]:
+        """Take the frozen snapshots that these references need, of the policy as it is now; none twice.
+
+        Returns:
+            A line for each new one that says what it costs.
+        """
+        before = set(self._snapshots)
         for reference in sorted(set(references)):
             self._add_snapshot(reference)
+        form = "a frozen copy of the whole model" if self.lora is None else "a frozen adapter"
+        sizes = {
+            name: sum(t.numel() * t.element_size() for t in tensors.values())
+            for name, tensors in self._snapshots.items()
+        }
+        return [
+            f"reference: {name} is {form}, {size / 2**20:,.1f} MiB"
+            for name, size in sizes.items()
+            if name not in before
+        ]
 
     def _snapshot_name(self, reference: Reference) -> str | None:
         """Which snapshot serves a reference; ``None`` where the bare base does."""
@@ -211,17 +229,13 @@ class Policy(nn.Module):
         }
 
     def describe(self) -> list[str]:
-        """Lines for the start of a run: what trains, in what precision, and what the references cost."""
+        """Lines for the start of a run: what trains, and in what precision the base is."""
         trained = self.trained_parameters().values()
         count, total = sum(p.numel() for p in trained), self._size
         kind = "full fine-tune" if self.lora is None else f"LoRA r {self.lora.r}"
         lines = [f"policy: {self.spec.name}, {kind}, {count:,} of {total:,} parameters train"]
         if self.spec.quantization != "none":
             lines.append(f"policy: {self.quantised_layers()} linear layers are {self.spec.quantization}")
-        for name, tensors in self._snapshots.items():
-            size = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
-            form = "a frozen copy of the whole model" if self.lora is None else "a frozen adapter"
-            lines.append(f"reference: {name} is {form}, {size:,.1f} MiB")
         return lines
 
     def quantised_layers(self) -> int:
@@ -275,6 +289,20 @@ class Policy(nn.Module):
         with active_adapters(self._adapter_layers, [] if name is None else [name]):
             return score_tokens(self._model, inputs, self._takes_positions)
 
+    def score_initial(self, inputs: dict[str, Tensor]) -> TokenScores:
+        """The same under the policy that the run began with.
+
+        Raises:
+            UserError: When nothing stands for it any more.
+        """
+        name = self._snapshot_name("initial")
+        if name is not None and name not in self._snapshots:
+            raise UserError(
+                "other held-out pairs than those of the training run need the policy it began with, which is not in memory: "
+                "validate in a new process, with the run's checkpoint as ckpt_path"
+            )
+        return self.score_reference(inputs, "initial")
+
     # ---- generation and export ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -309,14 +337,27 @@ class Policy(nn.Module):
         )
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()  # a checkpointed layer in training mode drops the key-value cache and garbles the text
+        own, plain = self._generation_config, GenerationConfig()
+        self._generation_config = plain  # transformers would fill in what the base's files say, a penalty for example
         try:
             out = cast(Any, self._model).generate(
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=config
             )
         finally:
+            self._generation_config = own
             for module, training in modes:
                 module.training = training
         return [_until_stop(ids, stop_token_id) for ids in out[:, input_ids.shape[1] :].tolist()]
+
+    @property
+    def _generation_config(self) -> Any:
+        return cast(Any, self._model).generation_config
+
+    @_generation_config.setter
+    def _generation_config(self, config: Any) -> None:
+        inner = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        for model in (self._model, inner):
+            model.generation_config = config
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write what was trained where plain peft (LoRA) or transformers (full fine-tune) can load it, and the tokenizer."""

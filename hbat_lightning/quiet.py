@@ -22,8 +22,14 @@ _WARNED = (
 )
 
 
+def quieten_imports() -> None:
+    """Add the filter for what bitsandbytes says when it is imported, and no other: the process may not be ours."""
+    name = "bitsandbytes.backends.cpu.ops"
+    logging.getLogger(name).addFilter(_Without(_LOGGED[name]))
+
+
 def install() -> None:
-    """Add the filters."""
+    """Add all filters, for the command line."""
     for name, beginnings in _LOGGED.items():
         logging.getLogger(name).addFilter(_Without(beginnings))
     for message in _WARNED:

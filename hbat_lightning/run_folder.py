@@ -12,7 +12,7 @@ from hbat_lightning.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
-_OUTPUTS = ("metrics.csv", "switches.jsonl", "switches.png", MARK, "config.yaml", "predictions.jsonl")
+_OUTPUTS = ("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", MARK, "config.yaml", "predictions.jsonl")
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 
 
@@ -21,9 +21,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
     A file whose archive has no directory at its end was torn while it was written, and is passed over.
     """
-    found = (folder / CHECKPOINTS).glob("*.ckpt") if (folder / CHECKPOINTS).is_dir() else iter(())
-    files = sorted((path for path in found if not path.is_symlink()), key=lambda path: path.stat().st_mtime_ns)
-    return next((path for path in reversed(files) if zipfile.is_zipfile(path)), None)
+    # Ours first: another checkpoint callback may keep the best by some figure, which is no place to go on from.
+    for pattern in ("step=*.ckpt", "*.ckpt"):
+        found = [path for path in (folder / CHECKPOINTS).glob(pattern) if not path.is_symlink()]
+        newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        whole = next((path for path in newest_first if zipfile.is_zipfile(path)), None)
+        if whole is not None:
+            return whole
+    return None
 
 
 def require_free(folder: Path) -> None:
@@ -32,7 +37,8 @@ def require_free(folder: Path) -> None:
     Raises:
         UserError: When it does; says how to go on.
     """
-    finished = (folder / MARK).exists()
+    mark = folder / MARK
+    finished = mark.exists() and json.loads(mark.read_text()).get("status") == "finished"
     if finished or latest_checkpoint(folder) is not None:
         raise UserError(
             f"{folder} holds {'a finished run' if finished else 'an unfinished run'}: go on with --ckpt_path last, give "
@@ -71,7 +77,8 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     return path
 
 
-def mark_finished(folder: Path, facts: dict[str, Any]) -> None:
-    """Leave the mark of a finished run."""
+def leave_mark(folder: Path, finished: bool, facts: dict[str, Any]) -> None:
+    """Leave the mark of a run that has finished, or was stopped by a limit."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text(json.dumps({"status": "finished", **facts}, indent=2) + "\n")
+    status = "finished" if finished else "stopped"
+    (folder / MARK).write_text(json.dumps({"status": status, **facts}, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +34,10 @@ class TokenScores:
         """Sum per row: ``(N,)`` -> ``(B,)``. Of the log-probabilities unless other values are given."""
         values = self.log_probs if values is None else values
         return values.new_zeros(self.rows).index_add(0, self.row, values)
+
+
+Scorer = Callable[[dict[str, Tensor]], TokenScores]
+"""Scores a batch: the policy, or something that stands for one."""
 
 
 def score_tokens(

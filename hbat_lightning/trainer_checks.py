@@ -27,7 +27,9 @@ def check_trainer(trainer: Trainer, plan: Plan) -> None:
         UserError: Says which setting, and what to use instead.
     """
     rounds = len(plan.rounds)
-    if trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS and rounds < LIGHTNING_DEFAULT_EPOCHS:
+    if is_dry_run(trainer):
+        rank_zero_info("fast_dev_run: only the first micro-batches of the first phase; no switch is reached")
+    if trainer.max_epochs in (None, -1) or LIGHTNING_DEFAULT_EPOCHS == trainer.max_epochs > rounds:
         trainer.fit_loop.max_epochs = rounds
         rank_zero_info(f"max_epochs follows the schedule: {rounds}")
     for refused, message in _refusals(trainer, plan):

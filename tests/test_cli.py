@@ -196,12 +196,14 @@ def test_evaluation_of_the_trained_model(run: Path, tmp_path: Path) -> None:
     """On a copy: validate, test and predict write into the run folder, but never over how it was made."""
     folder = copied(run, tmp_path)
     before = (folder / "config.yaml").read_bytes()
-    rows = len(metrics(folder))
+    log = (folder / "metrics.csv").read_bytes()
     last = metrics(folder)[-1]["val/instruction/loss"] or metrics(folder)[-2]["val/instruction/loss"]
     for command in ("validate", "test", "predict"):
         main([command, *small_hybrid(folder), "--ckpt_path", "last"])
     assert (folder / "config.yaml").read_bytes() == before
-    new = metrics(folder)[rows:]
+    assert (folder / "metrics.csv").read_bytes() == log, "evaluations have no step, and a file of their own"
+    with (folder / "evaluation.csv").open(newline="") as file:
+        new = list(csv.DictReader(file))
     assert any(row.get("test/rouge_l") or row.get("test/exact_match") for row in new), new
     validated = next(row["val/instruction/loss"] for row in new if row["val/instruction/loss"])
     assert float(validated) == pytest.approx(float(last), rel=1e-6), "validate of the last checkpoint tells the same"

@@ -383,11 +383,12 @@ def test_contradictory_settings_are_refused(make_policy: Any) -> None:
 def test_a_description_counts_what_trains(make_policy: Any) -> None:
     policy = make_policy(quantization="nf4")
     policy.build(CPU)
-    policy.add_snapshots(["phase_start"])
+    costs = policy.add_snapshots(["phase_start"])
+    assert policy.add_snapshots(["phase_start"]) == []  # told once
     shapes = [(128, 128)] * 4 + [(128, 256)] * 3
     trained = 2 * sum(4 * (one + other) for one, other in shapes)  # two layers, rank 4
     base = sum(p.numel() for p in AutoModelForCausalLM.from_config(policy.model.config).parameters())
-    assert policy.describe() == [
+    assert policy.describe() + costs == [
         f"policy: embedded://tiny-llama, LoRA r 4, {trained:,} of {base + trained:,} parameters train",
         "policy: 14 linear layers are nf4",
         f"reference: phase_start is a frozen adapter, {4 * trained / 2**20:,.1f} MiB",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
-from hbat_lightning.data.formats import InstructionRow, PreferenceRow, parse_instructions, parse_preferences
+from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow, parse_instructions, parse_preferences
 from hbat_lightning.data.readers import read_rows
 from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
@@ -55,9 +55,11 @@ class DataSource:
         template: Name of the prompt template for these rows; that of the data module when not given.
         split: Split of a hub data set; ``train`` when not given.
         val_path: Held-out rows, in the same format.
+        val_split: Split of a hub data set, or of a folder with several, to hold out; may be of ``path`` itself.
         val_fraction: Share of the rows to hold out when there is no ``val_path``; 0 holds out none.
         test_path: Rows for ``test`` and ``predict``; the held-out rows when not given.
-        limit: Use only the first so many rows.
+        test_split: Split for them, likewise.
+        limit: Use only the first so many rows of ``path``.
     """
 
     path: str
@@ -66,14 +68,38 @@ class DataSource:
     split: str | None = None
     val_path: str | None = None
     val_fraction: float = 0.05
+    val_split: str | None = None
     test_path: str | None = None
+    test_split: str | None = None
     limit: int | None = None
 
     def __post_init__(self) -> None:
         """Take ``null`` on the command line for what it says: jsonargparse 4.53 hands a nested one on as ``"None"``."""
-        for name in ("format", "template", "split", "val_path", "test_path"):
+        for name in ("format", "template", "split", "val_path", "val_split", "test_path", "test_split"):
             if getattr(self, name) == "None":
                 object.__setattr__(self, name, None)
+        for place, split in ((self.val_path, self.val_split), (self.test_path, self.test_split)):
+            if place == self.path and (split or "train") == (self.split or "train"):
+                raise UserError(
+                    f"{place}: held-out rows would be the training rows: give another val_split or test_split"
+                )
+
+    @property
+    def training(self) -> tuple[str, str | None, int | None]:
+        """Path, split and limit of the training rows."""
+        return self.path, self.split, self.limit
+
+    @property
+    def held_out(self) -> tuple[str, str | None, int | None] | None:
+        """The same of the held-out rows; ``None`` where a share of the training rows is held out."""
+        given = self.val_path or self.val_split
+        return (self.val_path or self.path, self.val_split, None) if given else None
+
+    @property
+    def testing(self) -> tuple[str, str | None, int | None] | None:
+        """The same of the rows for ``test`` and ``predict``; ``None`` where the held-out rows serve."""
+        given = self.test_path or self.test_split
+        return (self.test_path or self.path, self.test_split, None) if given else None
 
 
 class HybridDataModule(LightningDataModule):
@@ -199,8 +225,8 @@ class HybridDataModule(LightningDataModule):
     def split(self, name: str, seed: int) -> tuple[Rows, Rows]:
         """The rows of an objective, in canonical form: (training, held-out)."""
         source = self.source(name)
-        rows = self.read(name, source.path)
-        return (rows, self.read(name, source.val_path)) if source.val_path else self.hold_out(name, rows, seed)
+        rows = self.read(name, *source.training)
+        return (rows, self.read(name, *source.held_out)) if source.held_out else self.hold_out(name, rows, seed)
 
     def hold_out(self, name: str, rows: Rows, seed: int) -> tuple[Rows, Rows]:
         """Draw a share of the rows with the run's seed: (training, held-out)."""
@@ -212,21 +238,20 @@ class HybridDataModule(LightningDataModule):
             parts[number in held_out].append(row)
         return parts
 
-    def parse(self, name: str, path: str) -> ParsedFile:
+    def parse(self, name: str, path: str, split: str | None = None, limit: int | None = None) -> ParsedFile:
         """Read a file into canonical rows, and collect the faults of single rows.
 
         Raises:
             UserError: The file as a whole cannot be used.
         """
-        source = self.source(name)
         parse: Callable[..., tuple[Rows, list[DataError], str]]
         parse = parse_instructions if name == INSTRUCTION else parse_preferences
-        rows, faults, found = parse(read_rows(path, source.split, source.limit), source.format)
+        rows, faults, found = parse(read_rows(path, split, limit), self.source(name).format)
         return ParsedFile(path, found, rows, faults)
 
-    def read(self, name: str, path: str) -> Rows:
+    def read(self, name: str, path: str, split: str | None = None, limit: int | None = None) -> Rows:
         """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
-        file = self.parse(name, path)
+        file = self.parse(name, path, split, limit)
         self._drop(name, file.faults)
         if not file.rows:
             raise DataError("no usable row", path, remedy="Run hbat inspect to see why")
@@ -244,23 +269,28 @@ class HybridDataModule(LightningDataModule):
                 raise _with_hint(faults)
             self.notes.append(f"{name}: {len(faults):,} invalid rows of {fault.source} dropped, the first: {fault}")
 
+    @property
+    def prompt_source(self) -> str:
+        """Whose rows ``test`` and ``predict`` complete: instructions, or where there are none the pairs' prompts."""
+        return INSTRUCTION if self.sources[INSTRUCTION] is not None else PREFERENCE
+
     def load_prompts(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
         """Prompts with the data's answers, for ``test`` and ``predict``."""
-        source, encoder = self.source(INSTRUCTION), self.encoder(INSTRUCTION, tokenizer)
-        rows: Rows
-        rows = self.read(INSTRUCTION, source.test_path) if source.test_path else self.split(INSTRUCTION, seed)[1]
+        name = self.prompt_source
+        source, encoder = self.source(name), self.encoder(name, tokenizer)
+        rows: Rows = self.read(name, *source.testing) if source.testing else self.split(name, seed)[1]
         if not rows:
-            raise UserError(
-                "no held-out prompts: give --data.init_args.instruction.test_path, val_path or val_fraction"
-            )
+            raise UserError(f"no held-out prompts: give --data.init_args.{name}.test_path, val_path or val_fraction")
         prompts = []
-        for row in cast(list[InstructionRow], rows):
+        for row in rows:
+            messages, answer = _prompt_and_answer(row)
             try:
-                ids = encoder.encode_prompt(row.messages[:-1])
+                ids = encoder.encode_prompt(messages)
             except UserError as error:  # a template knows no rows
                 raise DataError(str(error), row.source, row.number) from error
-            text = "".join(segment.text for segment in encoder.template.segments(row.messages[:-1]))
-            prompts.append(Prompt(ids, text, row.messages[-1].content))
+            text = "".join(segment.text for segment in encoder.template.segments(messages))
+            text = text.removeprefix(str(tokenizer.bos_token or ""))
+            prompts.append(Prompt(ids, text, answer))
         return prompts
 
     def _encode(self, name: str, rows: Rows, encoder: Encoder) -> list[Any]:
@@ -276,6 +306,12 @@ class HybridDataModule(LightningDataModule):
                 faults.append(fault)
         self._drop(name, faults)
         return [row for row in encoded if row is not None]
+
+
+def _prompt_and_answer(row: InstructionRow | PreferenceRow) -> tuple[Sequence[Message], str]:
+    if isinstance(row, InstructionRow):
+        return row.messages[:-1], row.messages[-1].content
+    return row.prompt, row.chosen
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,6 +12,7 @@ from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_op
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.policy import GenerationSettings, Policy, Reference
 from hbat_lightning.schedules import Single
+from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums
 
 _DEFAULT_GENERATION = GenerationSettings()
@@ -49,6 +50,8 @@ class ObjectiveModule(AlignmentModule):
         generation: GenerationSettings = _DEFAULT_GENERATION,
         seed: int | None = None,
     ) -> None:
+        if lr is not None and lr < 0:
+            raise ValueError(f"lr must not be negative, got {lr}")
         super().__init__(policy, Single(self.slot, epochs), optimizer, optimizer_state, lr_schedule, generation, seed)
         self.lr = lr
 
@@ -70,5 +73,5 @@ class ObjectiveModule(AlignmentModule):
         """Sums over held-out rows: those of the loss."""
         return self.loss(policy, inputs)
 
-    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
+    def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Nothing to prepare, unless evaluation compares with the initial policy."""

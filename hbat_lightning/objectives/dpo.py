@@ -14,7 +14,7 @@ from hbat_lightning.lr import LRSchedule
 from hbat_lightning.objectives.base import ObjectiveModule
 from hbat_lightning.policy import GenerationSettings, Policy, Reference
 from hbat_lightning.schedules import PREFERENCE
-from hbat_lightning.scoring import IGNORE
+from hbat_lightning.scoring import IGNORE, Scorer
 from hbat_lightning.sums import Sums
 
 _DEFAULT_GENERATION = GenerationSettings()
@@ -80,9 +80,9 @@ class DPOModule(ObjectiveModule):
         return self._sums(policy.score(inputs).row_sums().view(2, -1), reference, inputs)
 
     @torch.no_grad()
-    def prepare_evaluation(self, policy: Policy, batches: Iterable[dict[str, Tensor]]) -> None:
+    def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Keep the initial policy's log-probabilities of the held-out pairs, in their order."""
-        parts = [policy.score(inputs).row_sums().view(2, -1).T.cpu() for inputs in batches]
+        parts = [score(inputs).row_sums().view(2, -1).T.cpu() for inputs in batches]
         self._initial = torch.cat(parts)
 
     def _sums(self, scores: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Sums:
