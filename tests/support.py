@@ -78,9 +78,10 @@ class DoublePolicy(Policy):
                 if isinstance(module, LlamaRMSNorm):
                     module.forward = types.MethodType(_exact_norm, module)  # type: ignore[method-assign]
 
-    def add_snapshots(self, references: Iterable[Any]) -> None:
-        super().add_snapshots(references)
+    def add_snapshots(self, references: Iterable[Any]) -> list[str]:
+        lines = super().add_snapshots(references)
         self.double()
+        return lines
 
 
 def _exact_norm(norm: Any, hidden: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def test_without_held_out_rows_switches_are_still_kept(
     rows = [json.loads(line) for line in (tmp_path / "switches.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows] == [0, 1, 2, 3]
     assert all(max(row["drift"].values()) > 0 for row in rows)
-    assert rows[1]["ewc"]["ewc/pull_norm"] > 0
+    assert all("ewc/pull_norm" in row["ewc"] for row in rows[1:])
     assert "no held-out rows" in capsys.readouterr().out
 
 

@@ -255,7 +255,8 @@ def _exact_fisher(run: Run, recorder: Recorder, phase: int, samples: int) -> Ten
         window = [MicroBatch(run.data.train_sets[objective].collate([row]), objective)]
         if objective == "instruction":
             put(module, recorder.phase_starts[phase + 1])
-            loss = instruction_loss(module.policy.model, window)
+            tokens = int((window[0].inputs["labels"][:, 1:] != -100).sum())
+            loss = tokens * instruction_loss(module.policy.model, window)  # the row's log-likelihood, not its mean
         else:
             put(module, recorder.phase_starts[phase])
             with torch.no_grad():
