@@ -65,6 +65,13 @@ class WindowCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save nothing: what can be gone on from is saved, and Lightning would save in a dry run too."""
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say what an interrupted run can go on from."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt):
+            newest = self.best_model_path or "no checkpoint yet, so the beginning"
+            print(f"\nstopped at step {trainer.global_step}; --ckpt_path last goes on from {newest}")
+
     def _save_now(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)

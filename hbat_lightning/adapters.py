@@ -118,7 +118,13 @@ def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings) -> 
             f"adapter_path {folder} has r {saved.r}, alpha {saved.lora_alpha}; policy.init_args.lora says r {lora.r}, "
             f"alpha {lora.alpha}. Make them equal"
         )
-    result = set_peft_model_state_dict(model, weights)
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:  # sizes
+        raise UserError(
+            f"adapter_path {folder} was trained on {saved.base_model_name_or_path}, whose layers have other sizes than those "
+            "of policy.init_args.model_name_or_path: give the same base"
+        ) from error
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         raise UserError(

@@ -22,11 +22,11 @@ import hbat_lightning.schedules  # noqa: F401  imported so that short class name
 from hbat_lightning import quiet
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionWriter, SwitchReport, WindowCheckpoint
-from hbat_lightning.config_errors import readable
+from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import UserError
 from hbat_lightning.metrics_logger import MetricsLogger
-from hbat_lightning.run_folder import clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
 from hbat_lightning.trainer_checks import is_dry_run
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -98,7 +98,8 @@ class HbatCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            raise UserError(f"{error}; change that setting in the configuration or on the command line") from error
+            said = refusal(str(error)) or str(error)
+            raise UserError(f"{said}; change that setting in the configuration or on the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the standard callbacks that were not given, ``metrics.csv``, and the schedule's number of rounds."""
@@ -124,7 +125,7 @@ class HbatCLI(LightningCLI):
         leave_mark(self.run_folder, steps >= planned, {"steps": steps, "planned_steps": planned})
         if steps < planned:
             print(f"stopped after {steps} of {planned} steps: go on with --ckpt_path last")
-        names = ("metrics.csv", "switches.jsonl", "switches.png", "config.yaml", "checkpoints", "adapter", "model")
+        names = (*OUTPUTS, "checkpoints", "adapter", "model")
         present = [name for name in names if (self.run_folder / name).exists()]
         print(f"run folder: {self.run_folder}\n" + "\n".join(f"  {name}" for name in present))
 
@@ -149,6 +150,10 @@ class HbatCLI(LightningCLI):
         if kwargs.get("ckpt_path") == "last":
             none_yet = f"no checkpoint in {self.run_folder} yet: starting from the beginning"
             print(none_yet if self.checkpoint is None else f"going on from {self.checkpoint}")
+        elif self.checkpoint is None and subcommand != "fit":
+            print(
+                "no --ckpt_path: this is the policy before training; --ckpt_path last takes the run's newest checkpoint"
+            )
         kwargs["ckpt_path"] = None if self.checkpoint is None else str(self.checkpoint)
         return kwargs
 

@@ -40,7 +40,14 @@ def readable(error: Exception, args: Sequence[str] = ()) -> str:
         The line; the error's own first words where its form is not known.
     """
     text = str(error)
-    return _whole(text, args) or _leaf(text) or " ".join(text.split())[:300]
+    return _whole(text, args) or _leaf(text) or refusal(text) or " ".join(text.split())[:300]
+
+
+def refusal(text: str) -> str | None:
+    """What a class said of a value that it refused: a line of the tree that is not jsonargparse's own."""
+    own = (*_ASIDES, "Expected", "Problem", "Parser key")
+    said = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
+    return next((line for line in said if not line.startswith(own)), None)
 
 
 def _whole(text: str, args: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from hbat_lightning.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
-_OUTPUTS = ("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", MARK, "config.yaml", "predictions.jsonl")
+OUTPUTS = ("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", MARK, "config.yaml", "predictions.jsonl")
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 
 
@@ -48,7 +48,7 @@ def require_free(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove a run's files, and nothing else that lies beside them."""
-    for name in _OUTPUTS:
+    for name in OUTPUTS:
         (folder / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)

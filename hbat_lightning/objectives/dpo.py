@@ -17,6 +17,7 @@ from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.scoring import IGNORE, Scorer
 from hbat_lightning.sums import Sums
 
+ROUNDING = 1e-3  # nats; two passes over the same rows at the same weights differ by less
 _DEFAULT_GENERATION = GenerationSettings()
 
 
@@ -75,9 +76,17 @@ class DPOModule(ObjectiveModule):
         return self._sums(policy.score(inputs).row_sums().view(2, -1), reference, inputs)
 
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
-        """The same against the initial policy."""
+        """The same against the initial policy; a pair whose rewards differ by no more than rounding counts half.
+
+        Before training all pairs are such ties, and the order of a sum would decide whether the accuracy is 0 or 1.
+        """
         reference = self._initial[inputs["index"].cpu()].T.to(inputs["labels"].device)
-        return self._sums(policy.score(inputs).row_sums().view(2, -1), reference, inputs)
+        scores = policy.score(inputs).row_sums().view(2, -1)
+        sums = self._sums(scores, reference, inputs)
+        differences = (scores - reference)[:, _real_pairs(inputs)]
+        ties = (differences[0] - differences[1]).abs() <= ROUNDING
+        won = (differences[0] > differences[1]) & ~ties
+        return sums | {"accuracy": (won.sum() + 0.5 * ties.sum(), sums["accuracy"][1])}
 
     @torch.no_grad()
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -86,7 +95,7 @@ class DPOModule(ObjectiveModule):
         self._initial = torch.cat(parts)
 
     def _sums(self, scores: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Sums:
-        real = (inputs["labels"][:, 1:] != IGNORE).any(-1).view(2, -1).any(0)
+        real = _real_pairs(inputs)
         policy, anchor = scores[:, real], reference[:, real]
         losses, chosen, rejected = dpo_loss(policy[0], policy[1], anchor[0], anchor[1], self.beta, self.label_smoothing)
         count = real.sum()
@@ -97,3 +106,8 @@ class DPOModule(ObjectiveModule):
             "rejected_reward": (rejected.sum(), count),
             "margin": ((chosen - rejected).sum(), count),
         }
+
+
+def _real_pairs(inputs: dict[str, Tensor]) -> Tensor:
+    """Which pairs ``(B,)`` have anything supervised; padding pairs have not."""
+    return (inputs["labels"][:, 1:] != IGNORE).any(-1).view(2, -1).any(0)
