@@ -68,6 +68,8 @@ def draw_switches(rows: Sequence[Row], path: Path) -> None:
         colour = _COLOURS[key.split("/")[1]]
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6)
         axis.set(title=f"held-out {title}", xlabel="optimizer step")
+        if key.endswith("/loss"):
+            axis.set_yscale("log")  # the first phase's fall would flatten all that follows
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
     for axis in list(axes.T.flat)[len(shown) :]:

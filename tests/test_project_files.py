@@ -140,3 +140,8 @@ def test_constraints_are_plain_pins_that_fit_every_build() -> None:
 def test_hooks_run_the_pinned_formatter() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert f"ruff-pre-commit\n    rev: v{pins()['ruff']}\n" in hooks
+
+
+def test_the_readme_has_no_figure_left_to_fill_in() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not re.findall(r"\b(?:TIME|DEMO)_[A-Z]+\b", readme)
