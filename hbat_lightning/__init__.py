@@ -7,9 +7,10 @@ quiet.quieten_imports()
 # ruff: noqa: E402
 from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.module import DataSource, HybridDataModule
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.hybrid import HybridAlignmentModule
 from hbat_lightning.objectives import DPOModule, SFTModule
-from hbat_lightning.policy import GenerationSettings, Policy
+from hbat_lightning.policy import Policy
 
 __version__ = "0.1.0"
 

@@ -22,12 +22,13 @@ from hbat_lightning.checkpoint_state import adopt_state, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
-from hbat_lightning.policy import GenerationSettings, Policy
+from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
 from hbat_lightning.sums import Totals

@@ -6,7 +6,6 @@ import copy
 import inspect
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -14,32 +13,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_frozen_twin, attach_adapter
 from hbat_lightning.base_model import BaseSpec, DType, Quantization, fingerprint, load_model, load_tokenizer
 from hbat_lightning.errors import UserError
+from hbat_lightning.generation import GenerationSettings, complete
 from hbat_lightning.scoring import TokenScores, score_tokens
 
 Reference = Literal["phase_start", "initial", "base"]
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How completions are sampled.
-
-    Attributes:
-        max_new_tokens: Upper bound of a completion's length.
-        temperature: 0 is greedy.
-        top_p: Nucleus, with a temperature above 0.
-        top_k: Candidates per step, with a temperature above 0; 0 is all.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
 
 
 _DEFAULT_LORA = LoraSettings()
@@ -326,38 +309,7 @@ class Policy(nn.Module):
         Returns:
             B lists of token ids, each with its stop token if it stopped, without padding.
         """
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.temperature > 0,
-            eos_token_id=stop_token_id,
-            pad_token_id=pad_token_id,
-            use_cache=True,
-            **(sampling if settings.temperature > 0 else {}),
-        )
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()  # a checkpointed layer in training mode drops the key-value cache and garbles the text
-        own, plain = self._generation_config, GenerationConfig()
-        self._generation_config = plain  # transformers would fill in what the base's files say, a penalty for example
-        try:
-            out = cast(Any, self._model).generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config
-            )
-        finally:
-            self._generation_config = own
-            for module, training in modes:
-                module.training = training
-        return [_until_stop(ids, stop_token_id) for ids in out[:, input_ids.shape[1] :].tolist()]
-
-    @property
-    def _generation_config(self) -> Any:
-        return cast(Any, self._model).generation_config
-
-    @_generation_config.setter
-    def _generation_config(self, config: Any) -> None:
-        inner = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
-        for model in (self._model, inner):
-            model.generation_config = config
+        return complete(self._model, input_ids, attention_mask, settings, stop_token_id, pad_token_id)
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write what was trained where plain peft (LoRA) or transformers (full fine-tune) can load it, and the tokenizer."""
@@ -368,10 +320,6 @@ class Policy(nn.Module):
             # Asked to decide by itself, PEFT would look the base up on the hub.
             model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
         self.tokenizer.save_pretrained(folder)
-
-
-def _until_stop(ids: list[int], stop: int) -> list[int]:
-    return ids[: ids.index(stop) + 1] if stop in ids else ids
 
 
 def _element_count(model: nn.Module) -> int:

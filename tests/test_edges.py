@@ -17,9 +17,9 @@ from hbat_lightning.cli import main
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 from hbat_lightning.functional import dpo_loss
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.importance import RunningFisher
 from hbat_lightning.metrics_logger import MetricsLogger
-from hbat_lightning.policy import GenerationSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

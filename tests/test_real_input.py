@@ -73,7 +73,9 @@ def column(rows: list[dict[str, str]], name: str, phase: int) -> list[float]:
     return [float(row[name]) for row in rows if row["phase/index"] == str(float(phase)) and row[name]]
 
 
-@pytest.mark.parametrize(("pairs", "quantization"), [("hh", "none"), ("hh", "nf4"), ("sharegpt", "none")])
+@pytest.mark.parametrize(
+    ("pairs", "quantization"), [("hh", "none"), ("hh", "nf4"), ("sharegpt", "none"), ("sharegpt", "nf4")]
+)
 def test_two_rounds(pairs: str, quantization: str, small_llama: str, real_data: Path, tmp_path: Path) -> None:
     more = ("--config", str(ROOT / "configs" / "policy" / "qlora.yaml")) if quantization == "nf4" else ()
     max_length = 384 if pairs == "hh" else 768  # the answers of the ShareGPT pairs are long

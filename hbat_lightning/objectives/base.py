@@ -9,8 +9,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_optimizer
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
-from hbat_lightning.policy import GenerationSettings, Policy, Reference
+from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import Single
 from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hbat_lightning.alignment import OptimizerState, default_optimizer
 from hbat_lightning.functional import dpo_loss
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.objectives.base import ObjectiveModule
-from hbat_lightning.policy import GenerationSettings, Policy, Reference
+from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.scoring import IGNORE, Scorer
 from hbat_lightning.sums import Sums

@@ -1,0 +1,96 @@
+"""Completing prompts: the settings, and transformers' generation kept to them alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: Upper bound of a completion's length.
+        temperature: 0 is greedy.
+        top_p: Nucleus, with a temperature above 0.
+        top_k: Candidates per step, with a temperature above 0; 0 is all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    settings: GenerationSettings,
+    stop_token_id: int,
+    pad_token_id: int,
+) -> list[list[int]]:
+    """Complete left-padded prompts, in evaluation mode.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        input_ids: ``(B, T)``, padded on the left.
+        attention_mask: ``(B, T)``.
+        settings: Sampling.
+        stop_token_id: Ends a completion.
+        pad_token_id: Fills up ended ones.
+
+    Returns:
+        B lists of token ids, each with its stop token if it stopped, without padding.
+    """
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.temperature > 0,
+        eos_token_id=stop_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        **(sampling if settings.temperature > 0 else {}),
+    )
+    with _evaluating(model), _plain_generation_config(model):
+        out = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    return [_until_stop(ids, stop_token_id) for ids in out[:, input_ids.shape[1] :].tolist()]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode: a checkpointed layer in training mode drops the key-value cache and garbles the text."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _plain_generation_config(model: nn.Module) -> Iterator[None]:
+    """Keep transformers from filling in what the base's files say, a penalty for example."""
+    models: list[Any] = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    before, plain = models[0].generation_config, GenerationConfig()
+    for one in models:
+        one.generation_config = plain
+    try:
+        yield
+    finally:
+        for one in models:
+            one.generation_config = before
+
+
+def _until_stop(ids: list[int], stop: int) -> list[int]:
+    return ids[: ids.index(stop) + 1] if stop in ids else ids
