@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -20,7 +19,7 @@ from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_
 from hbat_lightning.base_model import BaseSpec, DType, Quantization, fingerprint, load_model, load_tokenizer
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings, complete
-from hbat_lightning.scoring import TokenScores, score_tokens
+from hbat_lightning.scoring import CausalScorer, TokenScores
 
 Reference = Literal["phase_start", "initial", "base"]
 
@@ -83,7 +82,7 @@ class Policy(nn.Module):
         self._snapshots: dict[str, dict[str, Tensor]] = {}
         self._adapter_layers: list[BaseTunerLayer] = []
         self._layer_dropouts: dict[nn.Module, dict[str, float]] = {}
-        self._takes_positions = False
+        self._frozen_scorers: dict[str, CausalScorer] = {}
         self._size = 0
 
     @cached_property
@@ -112,7 +111,6 @@ class Policy(nn.Module):
         model = load_model(self.spec, device)
         self.base_fingerprint = fingerprint(model)
         self._size = _element_count(model)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         if self.lora is None:
             self.model = model
             model.requires_grad_(True)
@@ -159,6 +157,7 @@ class Policy(nn.Module):
         if self.lora is None:
             frozen = copy.deepcopy(self._model).requires_grad_(False).eval()
             self.frozen_copies[name] = frozen
+            self._frozen_scorers[name] = CausalScorer(frozen)
             values = dict(frozen.named_parameters())
             self._snapshots[name] = {key: values[key] for key in trained}
             return
@@ -254,6 +253,10 @@ class Policy(nn.Module):
 
     # ---- log-probabilities ----------------------------------------------------------------------------------------
 
+    @cached_property
+    def _scorer(self) -> CausalScorer:
+        return CausalScorer(self._model)
+
     def score(self, inputs: dict[str, Tensor], with_correct: bool = False) -> TokenScores:
         """Log-probabilities of the supervised tokens under the policy.
 
@@ -261,16 +264,16 @@ class Policy(nn.Module):
             inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
             with_correct: Also say for each token whether it is the most likely one.
         """
-        return score_tokens(self._model, inputs, self._takes_positions, with_correct)
+        return self._scorer(inputs, with_correct)
 
     @torch.no_grad()
     def score_reference(self, inputs: dict[str, Tensor], reference: Reference) -> TokenScores:
         """The same under a reference, without a graph and without dropout."""
         name = self._snapshot_name(reference)
         if self.lora is None:
-            return score_tokens(self.frozen_copies[cast(str, name)], inputs, self._takes_positions)
+            return self._frozen_scorers[cast(str, name)](inputs)
         with active_adapters(self._adapter_layers, [] if name is None else [name]):
-            return score_tokens(self._model, inputs, self._takes_positions)
+            return self._scorer(inputs)
 
     def score_initial(self, inputs: dict[str, Tensor]) -> TokenScores:
         """The same under the policy that the run began with.

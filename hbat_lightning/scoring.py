@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hbat_lightning.functional import selected_log_probs
+from hbat_lightning.functional import linear_log_probs, rows_per_chunk, selected_log_probs
 
 IGNORE = -100
 
@@ -40,51 +44,116 @@ Scorer = Callable[[dict[str, Tensor]], TokenScores]
 """Scores a batch: the policy, or something that stands for one."""
 
 
-def score_tokens(
-    model: nn.Module, inputs: dict[str, Tensor], takes_positions: bool, with_correct: bool = False
-) -> TokenScores:
-    """Score the supervised tokens of a batch.
+class CausalScorer:
+    """Scores batches under a causal language model; no logits of a whole batch are ever made.
+
+    Only supervised positions go through the output layer, some rows at a time, and their logits are not kept for the
+    backward pass (:func:`~hbat_lightning.functional.linear_log_probs`). A model that changes its logits behind the
+    output layer (soft-capping, scaling) has to do so itself: there all supervised rows are projected at once.
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one.
-        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
-        takes_positions: Whether the model's forward pass has ``position_ids``.
-        with_correct: Also say for each token whether it is the most likely one.
-    """
-    labels, mask = inputs["labels"], inputs["attention_mask"]
-    targets = labels[:, 1:]
-    row, column = (targets != IGNORE).nonzero(as_tuple=True)
-    arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask, "use_cache": False}
-    if takes_positions:
-        arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    with _only_rows(_output_layer(model), row * labels.shape[1] + column):
-        logits = model(**arguments).logits[0]
-    chosen = targets[row, column]
-    correct = logits.argmax(-1) == chosen if with_correct else None
-    return TokenScores(selected_log_probs(logits, chosen), row, correct, labels.shape[0])
-
-
-def _output_layer(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, cast(Any, model).get_output_embeddings())
-
-
-@contextlib.contextmanager
-def _only_rows(output_layer: nn.Module, index: Tensor) -> Iterator[None]:
-    """Let only some positions through to the vocabulary.
-
-    The hook replaces the output layer's input ``(B, T, H)`` by ``(1, N, H)``. So every model's own treatment of its
-    logits (soft-capping, scaling) still applies, and no tensor of size B·T·V is ever made.
-
-    Args:
-        output_layer: The model's output embeddings.
-        index: ``(N,)`` positions in ``B·T``.
     """
 
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[index].unsqueeze(0), *args[1:])
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = cast(nn.Module, cast(Any, model).get_output_embeddings())
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._takes_positions = "position_ids" in inspect.signature(cast(nn.Module, inner).forward).parameters
+        self._changes_logits: bool | None = None
 
-    handle = output_layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __call__(self, inputs: dict[str, Tensor], with_correct: bool = False) -> TokenScores:
+        """Score the supervised tokens of a batch.
+
+        Args:
+            inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
+            with_correct: Also say for each token whether it is the most likely one.
+        """
+        labels, mask = inputs["labels"], inputs["attention_mask"]
+        row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        targets = labels[:, 1:][row, column]
+        arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+        if self._takes_positions:
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        where = row * labels.shape[1] + column
+        if self.changes_logits:
+            with self._only_rows(where, keep=len(where)):
+                logits = self._run(arguments)[0]
+            correct = logits.argmax(-1) == targets if with_correct else None
+            return TokenScores(selected_log_probs(logits, targets), row, correct, labels.shape[0])
+        with self._only_rows(where, keep=0) as hidden:
+            self._run(arguments)
+        log_probs, correct = self._project(hidden[0], targets, with_correct)
+        return TokenScores(log_probs, row, correct, labels.shape[0])
+
+    def _run(self, arguments: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self._model(**arguments, use_cache=False).logits
+        return logits
+
+    # ---- from hidden states to log-probabilities ------------------------------------------------------------------
+
+    def _project(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor | None]:
+        """``(N, H)`` and ``(N,)`` -> ``(N,)`` log-probabilities, and whether each target is the most likely token."""
+        correct = None
+        if with_correct:
+            with torch.no_grad():
+                parts = [self._head(rows).argmax(-1) for rows in self._split(hidden)]
+                correct = torch.cat(parts) == targets
+        if type(self._head) is nn.Linear:
+            return linear_log_probs(hidden, self._head.weight, targets, self._head.bias), correct
+        pairs = zip(self._split(hidden), self._split(targets), strict=True)
+        log_probs = [checkpoint(self._head_log_probs, *pair, use_reentrant=False) for pair in pairs]
+        return torch.cat(log_probs), correct
+
+    def _head_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return selected_log_probs(self._head(hidden), targets)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        vocabulary = cast(Any, self._head).out_features
+        return torch.split(rows, rows_per_chunk(vocabulary))
+
+    # ---- what the model does around its output layer --------------------------------------------------------------
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the model's logits are not what its output layer gives.
+
+        Found out once, by a pass of a single token in which the output layer's logits are exchanged for known ones that
+        no capping or scaling leaves as they are.
+        """
+        if self._changes_logits is None:
+            device = next(self._model.parameters()).device
+            known = torch.linspace(-100.0, 100.0, cast(Any, self._head).out_features, device=device)
+            handle = self._head.register_forward_hook(lambda _, args, output: known.expand_as(output).to(output.dtype))
+            try:
+                with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    logits = self._run({"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)})
+            finally:
+                handle.remove()
+            self._changes_logits = not torch.equal(logits[0, 0].float(), known.to(logits.dtype).float())
+        return self._changes_logits
+
+    @contextlib.contextmanager
+    def _only_rows(self, where: Tensor, keep: int) -> Iterator[list[Tensor]]:
+        """Let only some positions through to the vocabulary.
+
+        A hook takes ``(N, H)`` of the output layer's input ``(B, T, H)`` and hands on ``(1, keep, H)`` of them.
+
+        Args:
+            where: ``(N,)`` positions in ``B·T``.
+            keep: How many of them the output layer shall see.
+
+        Yields:
+            A list that will hold the ``(N, H)`` rows.
+        """
+        seen: list[Tensor] = []
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(args[0].flatten(0, 1)[where.to(args[0].device)])
+            return (seen[0][:keep].unsqueeze(0), *args[1:])
+
+        handle = self._head.register_forward_pre_hook(select)
+        try:
+            yield seen
+        finally:
+            handle.remove()

@@ -6,14 +6,22 @@ from hbat_lightning.functional.importance import (
     proportional_weights,
     squared_displacement,
 )
-from hbat_lightning.functional.log_probs import selected_log_probs, sequence_log_probs, token_log_probs
+from hbat_lightning.functional.log_probs import (
+    linear_log_probs,
+    rows_per_chunk,
+    selected_log_probs,
+    sequence_log_probs,
+    token_log_probs,
+)
 from hbat_lightning.functional.losses import dpo_loss, sft_loss
 
 __all__ = [
     "dpo_loss",
     "effective_number",
+    "linear_log_probs",
     "literal_weights",
     "proportional_weights",
+    "rows_per_chunk",
     "selected_log_probs",
     "sequence_log_probs",
     "sft_loss",
