@@ -7,6 +7,9 @@ import socket
 import urllib.request
 from urllib.parse import urlsplit
 
+# The branch of every public data set where the hub keeps it as Parquet files: `subset/split/0000.parquet`.
+CONVERTED = "refs/convert/parquet"
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
 from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow, parse_instructions, parse_preferences
-from hbat_lightning.data.readers import read_rows
+from hbat_lightning.data.readers import WHOLE, HubSelection, read_rows
 from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoded, Encoder
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
 Set = InstructionSet | PreferenceSet
 Rows = Sequence[InstructionRow] | Sequence[PreferenceRow]
+Place = tuple[str, str | None, int | None, HubSelection]  # what `read_rows` takes
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ class DataSource:
         path: A file (.json, .jsonl, .csv, .tsv, .parquet, text ones also .gz), a folder or a hub id.
         format: Name of the row format; recognised from the columns when not given.
         template: Name of the prompt template for these rows; that of the data module when not given.
-        split: Split of a hub data set; ``train`` when not given.
+        split: Split of a hub data set, or of a folder with several; ``train`` when not given.
+        subset: Subset (configuration) of the hub data set ``path``.
+        revision: Branch, tag or commit of it.
+        data_files: Pattern of files in it, or one per split, where the data set does not say itself which files are rows,
+            as in the hub's Parquet conversions, ``revision: refs/convert/parquet``.
         val_path: Held-out rows, in the same format.
-        val_split: Split of a hub data set, or of a folder with several, to hold out; may be of ``path`` itself.
+        val_split: Split to hold out, of ``val_path`` or else of ``path`` itself; of hub data also a slice,
+            ``validation[:500]``.
         val_fraction: Share of the rows to hold out when there is no ``val_path``; 0 holds out none.
         test_path: Rows for ``test`` and ``predict``; the held-out rows when not given.
         test_split: Split for them, likewise.
@@ -66,6 +72,9 @@ class DataSource:
     format: str | None = None
     template: str | None = None
     split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    data_files: str | dict[str, str] | None = None
     val_path: str | None = None
     val_fraction: float = 0.05
     val_split: str | None = None
@@ -75,7 +84,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         """Take ``null`` on the command line for what it says: jsonargparse 4.53 hands a nested one on as ``"None"``."""
-        for name in ("format", "template", "split", "val_path", "val_split", "test_path", "test_split"):
+        for name in (field.name for field in fields(self)):
             if getattr(self, name) == "None":
                 object.__setattr__(self, name, None)
         for place, split in ((self.val_path, self.val_split), (self.test_path, self.test_split)):
@@ -85,21 +94,25 @@ class DataSource:
                 )
 
     @property
-    def training(self) -> tuple[str, str | None, int | None]:
-        """Path, split and limit of the training rows."""
-        return self.path, self.split, self.limit
+    def training(self) -> Place:
+        """Where the training rows are."""
+        return self._place(None, self.split, self.limit)
 
     @property
-    def held_out(self) -> tuple[str, str | None, int | None] | None:
-        """The same of the held-out rows; ``None`` where a share of the training rows is held out."""
-        given = self.val_path or self.val_split
-        return (self.val_path or self.path, self.val_split, None) if given else None
+    def held_out(self) -> Place | None:
+        """Where the held-out rows are; ``None`` where a share of the training rows is held out."""
+        return self._place(self.val_path, self.val_split) if self.val_path or self.val_split else None
 
     @property
-    def testing(self) -> tuple[str, str | None, int | None] | None:
-        """The same of the rows for ``test`` and ``predict``; ``None`` where the held-out rows serve."""
-        given = self.test_path or self.test_split
-        return (self.test_path or self.path, self.test_split, None) if given else None
+    def testing(self) -> Place | None:
+        """Where the rows for ``test`` and ``predict`` are; ``None`` where the held-out rows serve."""
+        return self._place(self.test_path, self.test_split) if self.test_path or self.test_split else None
+
+    def _place(self, other: str | None, split: str | None, limit: int | None = None) -> Place:
+        """A split of ``path``, or of another path, which has no part in what was chosen within ``path``."""
+        own = other is None or other == self.path
+        selection = HubSelection(self.subset, self.revision, self.data_files) if own else WHOLE
+        return other or self.path, split, limit, selection
 
 
 class HybridDataModule(LightningDataModule):
@@ -238,7 +251,14 @@ class HybridDataModule(LightningDataModule):
             parts[number in held_out].append(row)
         return parts
 
-    def parse(self, name: str, path: str, split: str | None = None, limit: int | None = None) -> ParsedFile:
+    def parse(
+        self,
+        name: str,
+        path: str,
+        split: str | None = None,
+        limit: int | None = None,
+        selection: HubSelection = WHOLE,
+    ) -> ParsedFile:
         """Read a file into canonical rows, and collect the faults of single rows.
 
         Raises:
@@ -246,12 +266,19 @@ class HybridDataModule(LightningDataModule):
         """
         parse: Callable[..., tuple[Rows, list[DataError], str]]
         parse = parse_instructions if name == INSTRUCTION else parse_preferences
-        rows, faults, found = parse(read_rows(path, split, limit), self.source(name).format)
+        rows, faults, found = parse(read_rows(path, split, limit, selection), self.source(name).format)
         return ParsedFile(path, found, rows, faults)
 
-    def read(self, name: str, path: str, split: str | None = None, limit: int | None = None) -> Rows:
+    def read(
+        self,
+        name: str,
+        path: str,
+        split: str | None = None,
+        limit: int | None = None,
+        selection: HubSelection = WHOLE,
+    ) -> Rows:
         """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
-        file = self.parse(name, path, split, limit)
+        file = self.parse(name, path, split, limit, selection)
         self._drop(name, file.faults)
         if not file.rows:
             raise DataError("no usable row", path, remedy="Run hbat inspect to see why")

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -41,44 +41,84 @@ class RawRow:
     values: dict[str, Any]
 
 
-def read_rows(path: str, split: str | None = None, limit: int | None = None) -> list[RawRow]:
+@dataclass(frozen=True)
+class HubSelection:
+    """What of a data set on the hub is read.
+
+    Attributes:
+        subset: One of its configurations, `name` in `datasets.load_dataset`.
+        revision: A branch, a tag or a commit.
+        data_files: A pattern of files in the repository, or one per split, where its layout does not say which are rows.
+    """
+
+    subset: str | None = None
+    revision: str | None = None
+    data_files: str | Mapping[str, str] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Those that were given, as `datasets.load_dataset` calls them."""
+        named = {"name": self.subset, "revision": self.revision, "data_files": self.data_files}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+WHOLE = HubSelection()
+
+
+def read_rows(
+    path: str, split: str | None = None, limit: int | None = None, selection: HubSelection = WHOLE
+) -> list[RawRow]:
     """Read the rows of a file, a folder or a data set on the hub.
 
     Args:
         path: A `.json`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` file (also with `.gz`), a `.parquet` file, a folder
             written by `datasets.save_to_disk`, a folder of such files, an `embedded://` address, or a hub id
             (`owner/name`). The network is used only for a hub id, when nothing of that name is on disk.
-        split: The split of a folder or hub data set; `None` means the only one there is, or `train` on the hub.
+        split: The split of a folder or hub data set; `None` means the only one there is, or `train` on the hub. Of a
+            hub data set also a slice, such as `validation[:500]`.
         limit: Read at most so many rows; what lies behind them is not looked at.
+        selection: What of a hub data set is read.
 
     Returns:
         At least one row, in the order of the data.
 
     Raises:
         DataError: The data is missing, empty, damaged or of an unknown kind; one line naming place and remedy.
-        UserError: `limit` is smaller than 1.
+        UserError: `limit` is smaller than 1, or something is to be chosen within a file or folder that holds no choice.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: ask for at least one row, or leave it out to read all of them")
-    rows = list(islice(_open_source(path, split), limit))
+    rows = list(islice(_open_source(path, split, selection), limit))
     if not rows:
         raise DataError("it holds no rows", path, remedy="Check that the right file was written completely")
     return rows
 
 
-def _open_source(path: str, split: str | None) -> Iterator[RawRow]:
+def _open_source(path: str, split: str | None, selection: HubSelection) -> Iterator[RawRow]:
+    within_hub = {"subset": selection.subset, "revision": selection.revision, "data_files": selection.data_files}
     if path.startswith(_EMBEDDED):
         from hbat_lightning.data import embedded  # late: most runs read files and need none of it
 
+        _refuse_choice(path, split=split, **within_hub)
         return _numbered(path, embedded.rows(path))
     place = Path(path).expanduser()
     if place.is_dir():
+        _refuse_choice(path, **within_hub)
         return _read_folder(place, split)
     if place.exists():
+        _refuse_choice(path, split=split, **within_hub)
         return _read_file(place)
     if hub.is_id(path) and _suffix(place) is None:
-        return _read_hub(path, split or "train")
+        return _read_hub(path, split or "train", selection)
     raise DataError("there is no such file or folder", path, remedy=_nearest_name(place))
+
+
+def _refuse_choice(path: str, **choice: Any) -> None:
+    """Rows chosen by split or file on the hub are others than those of a file on disk, so a choice is never passed over."""
+    given = {name: value for name, value in choice.items() if value is not None}
+    if given:
+        what = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        where = "a hub id has" if "split" not in given else "a hub id or a folder of splits has"
+        raise UserError(f"{path}: {what} chooses what only {where}; set to null what was meant for another path")
 
 
 def _numbered(source: str, rows: Any) -> Iterator[RawRow]:
@@ -323,22 +363,24 @@ def _read_saved_dataset(folder: Path, split: str | None) -> Iterator[RawRow]:
     return _numbered(str(folder), iter(data))
 
 
-def _read_hub(name: str, split: str) -> Iterator[RawRow]:
+def _read_hub(name: str, split: str, selection: HubSelection) -> Iterator[RawRow]:
     import datasets
 
     host = hub.unreachable()
     if host is not None and not Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
         message = f"no file or folder of this name, and the hub ({host}) cannot be reached"
         raise DataError(message, name, remedy=f"Check the path, or the network; relative paths start at {Path.cwd()}")
+    options = selection.options()
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # offline, unknown name, gated, unknown split, needs code: one answer for all of them
+        chosen = "".join(f", {option} {value!r}" for option, value in options.items())
         raise DataError(
-            f"no file or folder of this name, and the split {split!r} could not be loaded from the hub"
+            f"no file or folder of this name, and the split {split!r}{chosen} could not be loaded from the hub"
             f" ({type(error).__name__}: {_first_line(error)})",
             name,
-            remedy="Check the path or the id, the split, the network and your access rights;"
-            " data sets that need their own code are not run: download and convert them",
+            remedy="Check the path or the id, the split, the network and your access rights; data sets that need their"
+            f" own code are not run: read the hub's conversion, revision {hub.CONVERTED}, with data_files",
         ) from error
     return _numbered(name, iter(data))
 

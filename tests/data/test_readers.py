@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from hbat_lightning import hub
 from hbat_lightning.data import embedded
-from hbat_lightning.data.readers import RawRow, read_rows
+from hbat_lightning.data.readers import HubSelection, RawRow, read_rows
 from hbat_lightning.errors import DataError, UserError
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -166,6 +168,66 @@ class TestHub:
         assert read_rows("owner/name")[0] == RawRow("owner/name", 1, ROWS[0])
         read_rows("squad", split="test")
         assert asked == [("owner/name", {"split": "train"}), ("squad", {"split": "test"})]
+
+    def test_a_converted_data_set_is_read_by_its_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Folders as in the hub's conversions, read by the real `load_dataset`; only the id is taken from it."""
+        for subset in ("axis", "comparisons"):
+            for split in ("train", "validation"):
+                (tmp_path / subset / split).mkdir(parents=True)
+                rows = [{subset: f"{split} {number}"} for number in range(5)]
+                datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / subset / split / "0000.parquet"))
+        asked, load_dataset = [], datasets.load_dataset
+
+        def from_disk(name: str, **options: object) -> datasets.Dataset:
+            inspect.signature(load_dataset).bind(name, **options)
+            asked.append((name, options.pop("revision")))
+            return load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"), **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", from_disk)
+        files = {split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")}
+        selection = HubSelection(revision=hub.CONVERTED, data_files=files)
+        assert len(values("owner/name", selection=selection)) == 5
+        held_out = values("owner/name", split="validation[:2]", selection=selection)
+        assert held_out == [{"comparisons": "validation 0"}, {"comparisons": "validation 1"}]
+        assert asked == [("owner/name", "refs/convert/parquet")] * 2
+        message = fault("owner/name", split="test", selection=selection)
+        assert "the split 'test', revision 'refs/convert/parquet', data_files" in message
+
+    def test_a_subset_is_asked_for_by_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[object] = []
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *name, **options: asked.append((name, options)) or [{"a": "b"}]
+        )
+        read_rows("owner/name", "test", selection=HubSelection(subset="main"))
+        assert asked == [(("owner/name",), {"split": "test", "name": "main"})]
+
+    @pytest.mark.parametrize(
+        ("choice", "said"),
+        [
+            ({"split": "test"}, "split 'test'"),
+            ({"selection": HubSelection(subset="main")}, "subset 'main'"),
+            (
+                {"split": "test", "selection": HubSelection(revision="v1", data_files={"test": "*"})},
+                "revision 'v1', data_",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("path", ["a.json", embedded.INSTRUCTION])
+    def test_one_file_holds_no_choice(
+        self, choice: dict[str, object], said: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "a.json", json.dumps(ROWS))
+        with pytest.raises(UserError) as caught:
+            read_rows(path, **choice)
+        assert said in str(caught.value)
+        assert "set to null" in str(caught.value)
+
+    def test_a_folder_holds_splits_and_nothing_else(self, tmp_path: Path) -> None:
+        write(tmp_path / "test.jsonl", '{"n": 2}')
+        assert values(str(tmp_path), split="test") == [{"n": 2}]
+        with pytest.raises(UserError, match="subset 'main' chooses what only a hub id has"):
+            read_rows(str(tmp_path), "test", selection=HubSelection(subset="main"))
 
     def test_failure_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load_dataset(name: str, **options: object) -> None:
