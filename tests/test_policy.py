@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hbat_lightning import GenerationSettings, LoraSettings, Policy
 from hbat_lightning.errors import UserError
-from hbat_lightning.functional import sequence_log_probs
+from hbat_lightning.functional import log_probs, sequence_log_probs
 from tests.support import same_bits
 
 CPU = torch.device("cpu")
@@ -74,6 +74,28 @@ def test_score_is_that_of_the_full_logits(settings: Any, make_policy: Any, batch
     best = logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
     assert torch.equal(scores.correct, best[supervised])
     assert 0 < int(scores.correct.sum()) < scores.correct.numel() or "lora" not in settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora": None}, {"lora": LoraSettings(r=4, target_modules=["q_proj", "lm_head"])}],
+    ids=["lora", "full", "adapter on the output layer"],
+)
+def test_chunks_leave_scores_and_gradients_unchanged(
+    settings: Any, make_policy: Any, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, (batch, _) = built(make_policy(double=True, **settings)), batches
+    policy.eval()
+    logits = policy.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    truth = sequence_log_probs(logits, batch["labels"])
+    trained = policy.trained_parameters()
+    slopes = torch.autograd.grad(truth.mean(), list(trained.values()))
+    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 3 * logits.shape[-1])  # the batch has more than three tokens
+    sums, gradient = gradients(policy, batch)
+    assert torch.allclose(sums, truth, rtol=1e-12)
+    for name, slope in zip(trained, slopes, strict=True):
+        assert torch.allclose(gradient[name], slope, rtol=1e-9, atol=1e-12), name
+    assert torch.equal(policy.score(batch, with_correct=True).log_probs, policy.score(batch).log_probs)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["instruction", "preference"])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hbat_lightning.functional import selected_log_probs, sequence_log_probs, token_log_probs
+from hbat_lightning.functional import linear_log_probs, selected_log_probs, sequence_log_probs, token_log_probs
 
 LABELS = torch.tensor([[-100, -100, 3, 0, 4], [-100, 2, -100, 1, -100], [-100, -100, -100, -100, -100]])
 
@@ -62,3 +62,84 @@ def test_half_precision_logits_are_normalised_in_fp32(dtype: torch.dtype) -> Non
 def test_large_logits_do_not_overflow() -> None:
     got = selected_log_probs(torch.tensor([[1e4, 0.0], [-1e4, -1e4]]), torch.tensor([1, 0]))
     assert got.tolist() == pytest.approx([-1e4, -math.log(2)], abs=1e-3)  # what fp32 resolves at 1e4
+
+
+# ---- straight from hidden states ---------------------------------------------------------------------------------------
+
+
+def layer(dtype: torch.dtype = torch.float64, bias: bool = True) -> dict[str, torch.Tensor]:
+    """Five rows of hidden size 3 and a vocabulary of 7."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"hidden": (5, 3), "weight": (7, 3)} | ({"bias": (7,)} if bias else {})
+    made = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
+    return made | {"targets": torch.tensor([6, 0, 3, 3, 1])}
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "trains", [("hidden",), ("hidden", "weight"), ("weight", "bias"), ("hidden", "weight", "bias")]
+)
+def test_linear_log_probs_and_their_gradients(trains: tuple[str, ...], rows: int | None) -> None:
+    given = layer()
+    for name in trains:
+        given[name].requires_grad_()
+    logits = given["hidden"] @ given["weight"].T + given["bias"]
+    truth = torch.log_softmax(logits, -1)[torch.arange(5), given["targets"]]
+    got = linear_log_probs(**given, rows=rows)
+    assert torch.allclose(got, truth, rtol=1e-12, atol=0)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64)
+    leaves = [given[name] for name in trains]
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(truth, leaves, upstream), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_linear_log_probs_of_no_rows() -> None:
+    given = layer() | {"hidden": torch.zeros(0, 3, requires_grad=True), "targets": torch.zeros(0, dtype=torch.long)}
+    given |= {name: given[name].float() for name in ("weight", "bias")}
+    got = linear_log_probs(**given)
+    assert got.shape == (0,)
+    got.sum().backward()
+    assert given["hidden"].grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_linear_log_probs_in_half_precision_are_normalised_in_fp32(trained: bool) -> None:
+    given = layer(torch.bfloat16, bias=False)
+    given["hidden"].requires_grad_()
+    given["weight"].requires_grad_(trained)
+    logits = (given["hidden"] @ given["weight"].T).detach().float()
+    truth = torch.log_softmax(logits, -1)[torch.arange(5), given["targets"]]
+    got = linear_log_probs(**given, rows=2)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, truth, rtol=1e-6, atol=1e-6)
+    got.sum().backward()
+    slope = torch.nn.functional.one_hot(given["targets"], 7) - torch.softmax(logits, -1)
+    assert torch.allclose(given["hidden"].grad.float(), slope @ given["weight"].detach().float(), rtol=2e-2, atol=1e-2)
+
+
+def test_under_autocast_products_are_in_its_dtype() -> None:
+    given = layer(torch.float32)
+    given["weight"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_log_probs(**given)
+    halves = {name: value if name == "targets" else value.bfloat16() for name, value in given.items()}
+    assert torch.equal(got, linear_log_probs(**halves))
+    got.sum().backward()
+    assert given["weight"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_logits_of_all_rows_are_ever_made(trained: bool) -> None:
+    rows, vocabulary, width, chunk = 512, 8192, 16, 32
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=trained)
+    targets = torch.randint(vocabulary, (rows,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_log_probs(hidden, weight, targets, rows=chunk).sum().backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())  # the largest allocation of an operation
+    assert largest <= max(chunk * vocabulary * 4, vocabulary * width * 4)
+    assert largest < rows * vocabulary * 4 / 8
