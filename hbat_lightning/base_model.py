@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -95,6 +98,20 @@ def _require_present(spec: BaseSpec) -> None:
         raise UserError(f"{spec.name}: no such folder, and the hub ({host}) cannot be reached. {_REMEDY}")
 
 
+def load_config(spec: BaseSpec) -> PretrainedConfig:
+    """Load the base's configuration, and nothing else.
+
+    Raises:
+        UserError: When there is none to load, with the reason.
+    """
+    _require_present(spec)
+    with _folder(spec.name) as folder:
+        try:
+            return AutoConfig.from_pretrained(folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{spec.name}: no config.json could be read ({_first_line(error)}). {_REMEDY}") from error
+
+
 def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     """Load the base; where it was to be quantised, see to it that it is.
 
@@ -107,7 +124,7 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     """
     arguments: dict[str, Any] = {"dtype": spec.torch_dtype}
     if spec.quantization != "none":
-        arguments |= {"quantization_config": _quantization_config(spec), "device_map": {"": device}}
+        arguments |= {"quantization_config": quantization_config(spec), "device_map": {"": device}}
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
     with _folder(spec.name) as folder:
@@ -121,7 +138,7 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     model.config._name_or_path = model.name_or_path = spec.name
     if spec.quantization != "none":
         require_quantised(model, spec)
-        _keep_differentiable(model)
+        keep_differentiable(model)
     return cast(PreTrainedModel, model)
 
 
@@ -150,7 +167,22 @@ def require_quantised(model: nn.Module, spec: BaseSpec) -> int:
     return count
 
 
-def _keep_differentiable(model: nn.Module) -> None:
+def full_precision_parts(model: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
+    """What of a quantised base stays in full precision.
+
+    Returns:
+        Type and size in bytes, by the name of the layer (or its bias), with ``*`` for the numbers of those that are alike.
+    """
+    parts: dict[str, tuple[torch.dtype, int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():  # packed 4-bit and 8-bit weights are integers
+            layer = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
+            size = parts.get(layer, (parameter.dtype, 0))[1] + parameter.numel() * parameter.element_size()
+            parts[layer] = (parameter.dtype, size)
+    return parts
+
+
+def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU.
 
     On CPUs with AVX512-BF16 it does so at the first pass in evaluation mode, for a kernel that has no backward pass:
@@ -179,7 +211,8 @@ def fingerprint(model: nn.Module) -> str:
 _REMEDY = "Check model.init_args.policy.init_args.model_name_or_path: a folder with config.json, or a hub id"
 
 
-def _quantization_config(spec: BaseSpec) -> BitsAndBytesConfig:
+def quantization_config(spec: BaseSpec) -> BitsAndBytesConfig:
+    """How bitsandbytes is to quantise: NF4 with double quantisation, or int8."""
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -7,6 +7,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hbat_lightning.errors import UserError
+
+
+def require_restorable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state a checkpoint would not bring back as it was.
+
+    Of bitsandbytes' optimizers, those with 8-bit states are restored exactly. Paged ones are not: what is loaded is
+    resident, so that a resumed run would need more memory than the one that was stopped; and on a CPU they do not page.
+
+    Raises:
+        UserError: When the optimizer is a paged one.
+    """
+    from bitsandbytes.optim.optimizer import Optimizer8bit  # late: it is slow to import
+
+    if isinstance(optimizer, Optimizer8bit) and optimizer.is_paged:
+        plain = type(optimizer).__name__.removeprefix("Paged")
+        raise UserError(
+            f"model.init_args.optimizer: {type(optimizer).__name__} pages its state out, and a checkpoint would bring it back "
+            f"resident; use bitsandbytes.optim.{plain}, or bitsandbytes.optim.AdamW8bit for a quarter of the memory"
+        )
+
 
 class OptimizerStateKeeper:
     """Applies one of three policies at a switch.

@@ -12,11 +12,19 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_frozen_twin, attach_adapter
-from hbat_lightning.base_model import BaseSpec, DType, Quantization, fingerprint, load_model, load_tokenizer
+from hbat_lightning.base_model import (
+    BaseSpec,
+    DType,
+    Quantization,
+    fingerprint,
+    full_precision_parts,
+    load_model,
+    load_tokenizer,
+)
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings, complete
 from hbat_lightning.scoring import CausalScorer, TokenScores
@@ -84,6 +92,7 @@ class Policy(nn.Module):
         self._layer_dropouts: dict[nn.Module, dict[str, float]] = {}
         self._frozen_scorers: dict[str, CausalScorer] = {}
         self._size = 0
+        self._kept: dict[str, tuple[torch.dtype, int]] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -110,6 +119,12 @@ class Policy(nn.Module):
             return
         model = load_model(self.spec, device)
         self.base_fingerprint = fingerprint(model)
+        if self.spec.quantization != "none":
+            self._kept = full_precision_parts(model)
+        self.adopt(model)
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Make a loaded base one's own: attach the adapter, or let every parameter train."""
         self._size = _element_count(model)
         if self.lora is None:
             self.model = model
@@ -218,6 +233,11 @@ class Policy(nn.Module):
         lines = [f"policy: {self.spec.name}, {kind}, {count:,} of {total:,} parameters train"]
         if self.spec.quantization != "none":
             lines.append(f"policy: {self.quantised_layers()} linear layers are {self.spec.quantization}")
+            kept = [
+                f"{name} ({str(dtype).removeprefix('torch.')}, {size / 2**20:,.1f} MiB)"
+                for name, (dtype, size) in self._kept.items()
+            ]
+            lines.append(f"policy: kept in full precision: {', '.join(kept)}")
         return lines
 
     def quantised_layers(self) -> int:

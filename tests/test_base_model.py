@@ -33,6 +33,27 @@ def test_all_linear_layers_but_the_output_are_quantised(quantization: Any, kind:
     assert {name for name, module in model.named_modules() if isinstance(module, kind)} == names - {"lm_head"}
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_stays_in_full_precision_is_named_at_the_start(quantization: Any) -> None:
+    policy = Policy(embedded.TINY_LLAMA, quantization=quantization)
+    policy.build(CPU)
+    with embedded.materialise(embedded.TINY_LLAMA) as folder:
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+    vocabulary, hidden = plain.lm_head.weight.shape
+    mebibytes = vocabulary * hidden * 2 / 2**20
+    norms = 2 * 2 * hidden * 2 / 2**20 / 2  # bf16; two layers, one norm of each name
+    assert policy.describe()[1] == f"policy: 14 linear layers are {quantization}"
+    assert policy.describe()[2] == (
+        f"policy: kept in full precision: model.embed_tokens (bfloat16, {mebibytes:.1f} MiB), "
+        f"model.layers.*.input_layernorm (bfloat16, {norms:.1f} MiB), "
+        f"model.layers.*.post_attention_layernorm (bfloat16, {norms:.1f} MiB), model.norm (bfloat16, {norms / 2:.1f} MiB), "
+        f"lm_head (bfloat16, {mebibytes:.1f} MiB)"
+    )
+    unquantised = Policy(embedded.TINY_LLAMA)
+    unquantised.build(CPU)
+    assert len(unquantised.describe()) == 1
+
+
 def test_nf4_is_four_bits_with_double_quantisation() -> None:
     model = load_model(BaseSpec(embedded.TINY_LLAMA, "nf4"), CPU)
     layer = next(module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
@@ -47,7 +68,7 @@ def test_nf4_is_four_bits_with_double_quantisation() -> None:
 def test_a_layer_that_stayed_in_full_precision_is_refused(quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"load_in_4bit": True} if quantization == "nf4" else {"load_in_8bit": True}
     config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head", "v_proj"])
-    monkeypatch.setattr(base_model, "_quantization_config", lambda spec: config)
+    monkeypatch.setattr(base_model, "quantization_config", lambda spec: config)
     message = (
         f"{quantization} was asked for, but 2 linear layers are in full precision (model.layers.0.self_attn.v_proj"
     )

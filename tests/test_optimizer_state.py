@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
-from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.errors import UserError
+from hbat_lightning.optimizer_state import OptimizerStateKeeper, require_restorable
 
 PHASES = ["instruction", "preference", "instruction", "preference", "preference", "instruction"]
 
@@ -94,3 +97,13 @@ def test_it_works_with_several_parameter_groups() -> None:
     assert not optimizer.state
     keeper.switch(optimizer, "preference", "instruction")
     assert all(torch.equal(optimizer.state[p]["exp_avg"], value) for p, value in zip(parameters, kept, strict=True))
+
+
+@pytest.mark.parametrize("paged", [bnb.optim.PagedAdamW, bnb.optim.PagedAdamW8bit, bnb.optim.PagedLion32bit])
+def test_a_paged_optimizer_is_refused_before_it_steps(paged: Any, make_hybrid: Any, fit: Any) -> None:
+    module = make_hybrid(optimizer=lambda parameters: paged(parameters, lr=1e-3))
+    with pytest.raises(UserError, match=r"pages its state out.*bitsandbytes\.optim\.(AdamW|Lion)") as refused:
+        fit(module)
+    named = re.search(r"use bitsandbytes\.optim\.(\w+),", str(refused.value))
+    assert named is not None
+    require_restorable(getattr(bnb.optim, named[1])(start(), lr=1e-3))  # what it names exists, and is accepted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -15,11 +16,13 @@ from hbat_lightning.schedules import Rounds
 from tests.support import Run, same_bits
 
 DROPOUT = LoraSettings(r=4, alpha=8, dropout=0.1)
+WIDE = LoraSettings(r=64, alpha=8, dropout=0.1)  # tensors of fewer than 4096 elements keep fp32 states
 
 
 def optimizer_bits(run: Run) -> dict[str, torch.Tensor]:
-    states = run.trainer.optimizers[0].state_dict()["state"]
-    return {f"{n}.{key}": torch.as_tensor(value) for n, state in states.items() for key, value in state.items()}
+    optimizer = run.trainer.optimizers[0]
+    states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    return {f"{n}.{key}": torch.as_tensor(value) for n, state in enumerate(states) for key, value in state.items()}
 
 
 def all_bits(run: Run, ewc: ElasticWeightConsolidation) -> dict[str, torch.Tensor]:
@@ -42,20 +45,23 @@ def all_bits(run: Run, ewc: ElasticWeightConsolidation) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("optimizer_state", "settings", "importance"),
+    ("optimizer_state", "settings", "importance", "optimizer"),
     [
-        ("reset", {"lora": DROPOUT}, None),
-        ("shared", {"lora": DROPOUT}, RunningFisher),
-        ("per_objective", {"lora": DROPOUT, "gradient_checkpointing": True}, RandomImportance),
-        ("per_objective", {"lora": None}, None),
-        ("reset", {"lora": DROPOUT, "quantization": "nf4"}, None),
+        ("reset", {"lora": DROPOUT}, None, torch.optim.AdamW),
+        ("shared", {"lora": DROPOUT}, RunningFisher, torch.optim.AdamW),
+        ("per_objective", {"lora": DROPOUT, "gradient_checkpointing": True}, RandomImportance, torch.optim.AdamW),
+        ("per_objective", {"lora": None}, None, torch.optim.AdamW),
+        ("reset", {"lora": DROPOUT, "quantization": "nf4"}, None, torch.optim.AdamW),
+        ("shared", {"lora": WIDE}, None, bnb.optim.AdamW8bit),
+        ("per_objective", {"lora": WIDE}, None, bnb.optim.AdamW8bit),
     ],
-    ids=["reset", "shared", "per_objective", "full", "nf4"],
+    ids=["reset", "shared", "per_objective", "full", "nf4", "8-bit shared", "8-bit per_objective"],
 )
 def test_it_goes_on_bit_identical_from_the_middle_of_either_phase(
     optimizer_state: Any,
     settings: Any,
     importance: Any,
+    optimizer: Any,
     make_policy: Any,
     make_hybrid: Any,
     make_data: Any,
@@ -70,6 +76,7 @@ def test_it_goes_on_bit_identical_from_the_middle_of_either_phase(
             make_policy(**settings),
             preference=DPOModule(beta=0.5, lr=2e-3),
             schedule=Rounds(2, 2, 2),
+            optimizer=lambda parameters: optimizer(parameters, lr=1e-3),
             optimizer_state=optimizer_state,
         )
         torch.rand(7 if ckpt_path else 3)  # another process would have another random state
@@ -88,6 +95,9 @@ def test_it_goes_on_bit_identical_from_the_middle_of_either_phase(
 
     whole, truth = run("whole")
     last = tmp_path / "parts" / "last.ckpt"
+    assert (torch.uint8 in {value.dtype for value in optimizer_bits(whole).values()}) == (
+        optimizer is bnb.optim.AdamW8bit
+    )
     lengths = [phase.windows for phase in whole.module.plan.phases]
     assert lengths == [8, 4, 8, 4]
     parts = []
