@@ -1,4 +1,4 @@
-"""The command line: every configuration, every name of the design, and the life of a run folder."""
+"""The command line: every name of the design, and the life of a run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from hbat_lightning.cli import HbatCLI, main, make_cli
 from hbat_lightning.schedules import Rounds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-EXPERIMENTS = ("sft", "dpo", "two_stage_dpo", "hbat_dpo")
 POLICY = "--model.init_args.policy.init_args"
 
 
@@ -48,10 +47,6 @@ def in_folder(folder: Path) -> list[str]:
     return ["--trainer.default_root_dir", str(folder)]
 
 
-def objectives_of(name: str) -> tuple[str, ...]:
-    return {"sft": ("instruction",), "dpo": ("preference",)}.get(name, ("instruction", "preference"))
-
-
 def metrics(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -64,34 +59,10 @@ def parsed(*args: str) -> HbatCLI:
 # ---- configurations -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        *((name,) for name in EXPERIMENTS),
-        ("hbat_dpo", "demo"),
-        ("hbat_dpo", "policy/full"),
-        ("hbat_dpo", "policy/qlora"),
-    ],
-    ids="+".join,
-)
-def test_every_configuration_runs(layers: tuple[str, ...], tmp_path: Path) -> None:
-    given = [option for layer in layers for option in config(layer)]
-    rows = few_rows(*objectives_of(layers[0]), rows=40)
-    main(["fit", *given, *rows, "--trainer.fast_dev_run", "true", *in_folder(tmp_path / "run")])
-    assert not (tmp_path / "run").exists(), "a dry run left something"
-
-
-def test_every_configuration_is_tested() -> None:
-    known = {*EXPERIMENTS, "demo", "policy/full", "policy/qlora", "trainer/gpu"}
-    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
-    assert found <= known, "configurations without a test"
-
-
-def test_the_gpu_layer_parses() -> None:
-    # The trainer itself needs the GPU, so the accelerator is taken back.
-    cli = parsed(*config("hbat_dpo"), *config("policy/qlora"), *config("trainer/gpu"), "--trainer.accelerator", "cpu")
-    assert cli.config.trainer.precision == "bf16-mixed"
-    assert cli.model.policy.spec.quantization == "nf4"
+def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+    rows = few_rows("instruction", "preference", rows=40)
+    main(["fit", *config("hbat_dpo"), *rows, "--trainer.fast_dev_run", "true", *in_folder(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_short_class_names() -> None:
