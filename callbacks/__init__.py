@@ -10,6 +10,7 @@ from hbat_lightning.callbacks.ewc import ElasticWeightConsolidation
 from hbat_lightning.callbacks.export import PolicyExport
 from hbat_lightning.callbacks.predictions import PredictionWriter
 from hbat_lightning.callbacks.progress import PhaseProgressBar
+from hbat_lightning.callbacks.resources import ResourceMonitor
 from hbat_lightning.callbacks.switch_report import SwitchReport
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PhaseProgressBar",
     "PolicyExport",
     "PredictionWriter",
+    "ResourceMonitor",
     "SwitchReport",
     "WindowCheckpoint",
 ]
