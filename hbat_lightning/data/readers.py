@@ -113,12 +113,14 @@ def _open_source(path: str, split: str | None, selection: HubSelection) -> Itera
 
 
 def _refuse_choice(path: str, **choice: Any) -> None:
-    """Rows chosen by split or file on the hub are others than those of a file on disk, so a choice is never passed over."""
-    given = {name: value for name, value in choice.items() if value is not None}
+    """A choice is never passed over: without it, held-out rows on the hub would be training rows in a file."""
+    given = ", ".join(f"{name} {value!r}" for name, value in choice.items() if value is not None)
     if given:
-        what = ", ".join(f"{name} {value!r}" for name, value in given.items())
-        where = "a hub id has" if "split" not in given else "a hub id or a folder of splits has"
-        raise UserError(f"{path}: {what} chooses what only {where}; set to null what was meant for another path")
+        where = "a hub data set or a folder" if choice.get("split") else "a hub data set"
+        raise UserError(
+            f"{path}: there is no {given} to choose in it, only in {where}; set to null those of split, val_split,"
+            " test_split, subset, revision and data_files that were meant for another path"
+        )
 
 
 def _numbered(source: str, rows: Any) -> Iterator[RawRow]:

@@ -221,12 +221,12 @@ class TestHub:
         with pytest.raises(UserError) as caught:
             read_rows(path, **choice)
         assert said in str(caught.value)
-        assert "set to null" in str(caught.value)
+        assert "set to null those of split" in str(caught.value)
 
     def test_a_folder_holds_splits_and_nothing_else(self, tmp_path: Path) -> None:
         write(tmp_path / "test.jsonl", '{"n": 2}')
         assert values(str(tmp_path), split="test") == [{"n": 2}]
-        with pytest.raises(UserError, match="subset 'main' chooses what only a hub id has"):
+        with pytest.raises(UserError, match="no subset 'main' to choose in it, only in a hub data set;"):
             read_rows(str(tmp_path), "test", selection=HubSelection(subset="main"))
 
     def test_failure_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
