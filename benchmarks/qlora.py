@@ -34,24 +34,6 @@ ROOT = Path(__file__).parents[1]
 OBJECTIVES = ("instruction", "preference")
 ROUNDS, ROWS_PER_SHARD = 2, 2
 WORDS = ("river", "stone", "light", "carries", "small", "green", "under", "where", "house", "open", "never", "sound")
-    "the",
-    "a",
-    "of",
-    "river",
-    "stone",
-    "light",
-    "carries",
-    "small",
-    "green",
-    "under",
-    "where",
-    "house",
-    "open",
-    "never",
-    "water",
-    "sound",
-    "paper",
-]
 COLUMNS = (
     "base", "hardware", "length", "4-bit layers", "load (s)", "peak (GiB)", "peak after loading (GiB)", "planned (GiB)",
     "SFT step (s)", "DPO step (s)", "whole run (s)", "checkpoint (MiB)", "adapter (MiB)", "date",
