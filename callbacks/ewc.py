@@ -75,10 +75,10 @@ class ElasticWeightConsolidation(PhaseCallback):
 
     def on_switch(self, trainer: Trainer, module: AlignmentModule, ended: PhaseKey | None, begun: PhaseKey) -> None:
         """Add up what the ended phase did, and weigh what the beginning one must hold."""
-        if ended is not None and self.strength > 0:
-            self._credit(module, ended)
-        self._objective = begun.objective
-        self._set_factors()
+        gradients: Iterator[dict[str, Tensor]] = iter(())
+        if ended is not None and self.importance.samples:
+            gradients = module.row_gradients(ended, self.importance.samples)
+        self.weigh(module, None if ended is None else ended.objective, begun.objective, gradients)
         if self._factors:
             self._warn(module, begun)
 
@@ -92,22 +92,28 @@ class ElasticWeightConsolidation(PhaseCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Add the pull to the gradients."""
+        """Add the pull to the gradients, and log it."""
         if self.strength == 0:
             return
-        module = _owner(pl_module)
-        trained = module.policy.trained_parameters()
-        gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
-        self.importance.observe(gradients, self._units)
-        values = {"penalty": torch.zeros(()), "pull_norm": torch.zeros(())}
-        if self._factors:
-            values = self._pull(trained, gradients, _anchors(module))
+        values = self.pull(_owner(pl_module))
         pl_module.log_dict(
             {f"ewc/{name}": value for name, value in values.items()} | {"ewc/effective_tensors": self._effective},
             on_step=True,
             on_epoch=False,
             batch_size=1,
         )
+
+    # ---- the pull -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pull(self, module: AlignmentModule) -> dict[str, Tensor]:
+        """Show the task's gradients to the importance, then add the pull to them; returns what is logged of it."""
+        trained = module.policy.trained_parameters()
+        gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        self.importance.observe(gradients, self._units)
+        if not self._factors:
+            return {"penalty": torch.zeros(()), "pull_norm": torch.zeros(())}
+        return self._pull(trained, gradients, _anchors(module))
 
     def _pull(
         self, trained: dict[str, torch.nn.Parameter], gradients: dict[str, Tensor], anchors: dict[str, Tensor]
@@ -124,16 +130,29 @@ class ElasticWeightConsolidation(PhaseCallback):
 
     # ---- switches -------------------------------------------------------------------------------------------------
 
+    def weigh(
+        self, module: AlignmentModule, ended: str | None, begun: str, gradients: Iterator[dict[str, Tensor]]
+    ) -> None:
+        """Credit the ended phase, and set the factors of the one that begins.
+
+        Args:
+            module: The module that alternates.
+            ended: The objective whose phase has ended; ``None`` at the start of the run.
+            begun: The objective whose phase begins.
+            gradients: Of single rows of the ended phase, where the importance wants them.
+        """
+        if ended is not None and self.strength > 0:
+            self._credit(module, ended, gradients)
+        self._objective = begun
+        self._set_factors()
+
     @torch.no_grad()
-    def _credit(self, module: AlignmentModule, ended: PhaseKey) -> None:
+    def _credit(self, module: AlignmentModule, ended: str, gradients: Iterator[dict[str, Tensor]]) -> None:
         """Add what the ended phase moved to what every other objective must hold."""
         trained = {name: parameter.detach() for name, parameter in module.policy.trained_parameters().items()}
-        gradients: Iterator[dict[str, Tensor]] = iter(())
-        if self.importance.samples:
-            gradients = module.row_gradients(ended, self.importance.samples)
         new = self.importance.measure(_anchors(module), trained, gradients)
         for objective in module.objectives:
-            if objective != ended.objective:
+            if objective != ended:
                 self._held_for[objective] = self.importance.accumulate(self._held_for.get(objective), new)
 
     def _set_factors(self) -> None:

@@ -74,6 +74,7 @@ class AlignmentModule(LightningModule):
         self.seed = seed
         self.strict_loading = False  # checkpoints hold what trains; adopt_state() compares the names
         self.validation_results: dict[str, float] = {}
+        self.optimizer_state = optimizer_state
         self._optimizer_states = OptimizerStateKeeper(optimizer_state)
         self._wants_snapshot = False
         self._prepared: dict[str, str] = {}

@@ -203,9 +203,16 @@ def _inspect(args: list[str]) -> None:
     run_inspection(args)
 
 
+def _plan(args: list[str]) -> None:
+    from hbat_lightning.plan_command import run_plan  # late: it needs this module
+
+    run_plan(args)
+
+
 DESCRIPTION = "Hybrid alignment training: alternate SFT and preference training on one policy."
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inspect": (_inspect, "audit the data of a configuration, without loading any weights"),
+    "plan": (_plan, "say what a run will need of memory, from the model's config.json alone"),
 }
 
 

@@ -1,0 +1,255 @@
+"""Rehearses a run's moments on tensors without values: loading, steps of each objective, switches and validation.
+
+The run's own code does it all: adapters, objectives, EWC, optimizer. So what is counted follows the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.callbacks import ElasticWeightConsolidation
+from hbat_lightning.data.module import HybridDataModule
+from hbat_lightning.data.sets import InstructionSet, PreferenceSet
+from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
+from hbat_lightning.memory.architecture import build_base
+from hbat_lightning.memory.optimizers import optimizer_step
+from hbat_lightning.objective import Objective
+from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
+
+CUDA_BLOCK = 512  # bytes; the caching allocator rounds every tensor up to a multiple of it
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = tuple(_AUTOCAST)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What of a run decides its memory.
+
+    Attributes:
+        module: The module, whose policy has no weights yet.
+        config: The base's configuration.
+        data: The data module; nothing of its data is read.
+        penalties: The EWC callbacks.
+        precision: The Trainer's, one of :data:`PRECISIONS`.
+        accumulate: Micro-batches in a window.
+        clips: Whether gradients are clipped.
+        gpu: Whether it runs on a GPU.
+    """
+
+    module: AlignmentModule
+    config: PretrainedConfig
+    data: HybridDataModule
+    penalties: Sequence[ElasticWeightConsolidation]
+    precision: str
+    accumulate: int
+    clips: bool
+    gpu: bool
+
+
+def rehearse(settings: RunSettings, tick: Callable[[str], None]) -> list[Moment]:
+    """Go through a run's moments.
+
+    Args:
+        settings: The run.
+        tick: Told of every moment before it begins.
+
+    Returns:
+        The moments, each with its highest point.
+    """
+    vocabulary = settings.config.get_text_config().vocab_size
+    fake = valueless()
+    tracker = AllocationTracker(CUDA_BLOCK if settings.gpu else 1, vocabulary)
+    moments: list[Moment] = []
+    settings = _fresh(settings)
+    tick("loading")
+    with tracker.moment("loading", moments):
+        base = build_base(settings.module.policy.spec, settings.config, fake, tracker)
+    with fake, tracker:
+        _Rehearsal(settings, tracker, moments, tick).run(base)
+    return moments
+
+
+def _fresh(settings: RunSettings) -> RunSettings:
+    """With a policy and penalties of its own, so that the same settings can be rehearsed again."""
+    module = copy.copy(settings.module)
+    module._modules = dict(module._modules)
+    module.policy = copy.deepcopy(settings.module.policy)
+    return replace(settings, module=module, penalties=copy.deepcopy(settings.penalties))
+
+
+class _Rehearsal:
+    def __init__(
+        self, settings: RunSettings, tracker: AllocationTracker, moments: list[Moment], tick: Callable[[str], None]
+    ) -> None:
+        self.settings, self.tracker, self.moments, self.tick = settings, tracker, moments, tick
+        self.module, self.policy = settings.module, settings.module.policy
+        self._awaited = 0
+        self.keeper = OptimizerStateKeeper(self.module.optimizer_state)
+        self.batches = _batches(settings, settings.data.batch_size)
+        self.held_out = _batches(settings, settings.data.val_batch_size)
+
+    def run(self, base: Any) -> None:
+        """The moments in the order of a run."""
+        self._prepare(base)
+        objectives = self.module.objectives
+        with self._moment("first figures"):
+            for name, objective in objectives.items():
+                if _is_validated(self.settings.data, name):
+                    self._first_figures(objective, name)
+        self.optimizer = self.module.optimizer(list(self.policy.trained_parameters().values()))
+        self._settle()
+        for name, objective in objectives.items():
+            self._optimizer_step()  # a switch may have taken the states away; from a phase's second window on they are there
+            with self._moment(f"{name}: micro-batch"):
+                self._micro_batch(objective, name)
+            with self._moment(f"{name}: optimizer step"):
+                self._optimizer_step()
+            if _is_validated(self.settings.data, name):
+                with self._moment(f"{name}: validation"):
+                    self._validate(objective, name)
+            following = self._after(name)
+            if following != name:
+                with self._moment(f"switch to {following}"):
+                    self._switch(name, following)
+
+    @contextlib.contextmanager
+    def _moment(self, name: str) -> Iterator[None]:
+        self.tick(name)
+        with self.tracker.moment(name, self.moments):
+            yield
+
+    def _after(self, name: str) -> str:
+        names = list(self.module.objectives)
+        return names[(names.index(name) + 1) % len(names)]
+
+    # ---- before the first step ------------------------------------------------------------------------------------
+
+    def _prepare(self, base: Any) -> None:
+        """Attach the adapter, and take the snapshots that references and anchors need."""
+        with self.tracker.category(Category.ADAPTERS):
+            self.policy.adopt(base)
+        references = {reference for objective in self.module.objectives.values() for reference in objective.references}
+        with self.tracker.category(Category.REFERENCE):
+            self.policy.add_snapshots(references | ({"phase_start"} if self.settings.penalties else set()))
+        for parameter in self.policy.trained_parameters().values():
+            cast(Any, parameter).register_post_accumulate_grad_hook(self._received)
+        self.tracker.weight_shapes = {tuple(p.shape) for p in self.policy.parameters() if p.dim() > 1}
+        for layer in self.policy.modules():
+            state = getattr(getattr(layer, "weight", None), "quant_state", None)
+            if state is not None:
+                self.tracker.weight_shapes.add(tuple(state.shape))
+
+    @torch.no_grad()
+    def _first_figures(self, objective: Objective, name: str) -> None:
+        self.policy.eval()
+        with self._precision():
+            objective.prepare_evaluation(self.policy.score, [self.held_out[name]])
+
+    def _settle(self) -> None:
+        """Have what a run has after its first round: gradients, optimizer states, importance."""
+        with self.tracker.category(Category.GRADIENTS):
+            for parameter in self.policy.trained_parameters().values():
+                parameter.grad = torch.zeros_like(parameter)
+        for name in self.module.objectives:
+            self._optimizer_step()
+            self._switch(name, self._after(name))
+
+    # ---- moments of a round ---------------------------------------------------------------------------------------
+
+    def _micro_batch(self, objective: Objective, name: str) -> None:
+        """A forward and a backward pass. Lightning frees the window's gradients only between the two."""
+        self.policy.set_training(objective.dropout)
+        with self._precision():
+            loss = objective.loss(self.policy, self.batches[name])["loss"][0]
+        self.tracker.cut()
+        if self.settings.accumulate == 1:
+            self.optimizer.zero_grad()
+        self._awaited = len(self.policy.trained_parameters()) // 2
+        cast(Any, loss).backward()
+
+    def _received(self, parameter: Tensor) -> None:
+        """Half-way through the backward pass its last layers' activations are gone, its first layers' gradients to come."""
+        self.tracker.assign([cast(Tensor, parameter.grad)], Category.GRADIENTS)
+        self._awaited -= 1
+        if self._awaited == 0:
+            self.tracker.cut()
+
+    def _optimizer_step(self) -> None:
+        with self.tracker.category(Category.WORK):
+            for penalty in self.settings.penalties:
+                if penalty.strength > 0:
+                    penalty.pull(self.module)
+                    self.tracker.assign(_tensors(penalty.importance.state_dict()), Category.IMPORTANCE)
+            if self.settings.clips:
+                clip_grad_norm_(list(self.policy.trained_parameters().values()), 1.0)
+            optimizer_step(self.optimizer, self.settings.gpu)
+        self.tracker.assign(_tensors(list(self.optimizer.state.values())), Category.OPTIMIZER)
+
+    def _switch(self, ended: str, begun: str) -> None:
+        if ended == begun:
+            return
+        with self.tracker.category(Category.IMPORTANCE):
+            for penalty in self.settings.penalties:
+                penalty.weigh(self.module, ended, begun, self._row_gradients(ended, penalty.importance.samples))
+        self.keeper.switch(self.optimizer, ended, begun)
+        self.policy.take_snapshot()
+
+    def _row_gradients(self, name: str, samples: int) -> Iterator[dict[str, Tensor]]:
+        """Of two rows at most: the memory of further ones is that of the second."""
+        trained = self.policy.trained_parameters()
+        row = _batches(self.settings, 1)[name]
+        for _ in range(min(2, samples)):
+            with torch.enable_grad(), self.tracker.category(Category.ACTIVATIONS), self._precision():
+                loss = self.module.objectives[name].loss(self.policy, row)["loss"][0]
+                gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            yield {key: g for key, g in zip(trained, gradients, strict=True) if g is not None}
+
+    @torch.no_grad()
+    def _validate(self, objective: Objective, name: str) -> None:
+        self.policy.eval()
+        with self._precision():
+            objective.evaluate(self.policy, self.held_out[name])
+
+    def _precision(self) -> Any:
+        dtype = _AUTOCAST[self.settings.precision]
+        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def _is_validated(data: HybridDataModule, name: str) -> bool:
+    source = data.source(name)
+    return source.held_out is not None or source.val_fraction > 0
+
+
+def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]]:
+    """A micro-batch of every objective, of the greatest length; where it has more than one row, it is padded."""
+    longest = settings.data.max_length
+    full, short = _row(longest), _row(longest - 1)
+    rows = [short if number % 2 else full for number in range(size)]
+    sets: dict[str, Any] = {
+        INSTRUCTION: InstructionSet(rows, "", 0),
+        PREFERENCE: PreferenceSet([(full, short)] * size, "", 0),
+    }
+    return {name: sets[name].collate(range(size)) for name in settings.module.objectives}
+
+
+def _row(length: int) -> Encoded:
+    """A row that is learnt whole, but for its first token."""
+    return Encoded(np.zeros(length, dtype=np.int64), np.arange(length) > 0, 1)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
