@@ -1,0 +1,34 @@
+"""The kinds of rows there are: how each is read, encoded and collated. An objective names the one it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hbat_lightning.data.formats import parse_instructions, parse_preferences
+from hbat_lightning.data.sets import InstructionSet, PreferenceSet
+from hbat_lightning.data.tokenization import Encoder
+from hbat_lightning.errors import DataError
+from hbat_lightning.stream import TrainingSet
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What the data module must know of one kind of rows.
+
+    Attributes:
+        name: As messages call them.
+        parse: Raw rows and perhaps the name of a format -> usable rows, faults of the others, the format's name.
+        encode: A row -> its encoded form; ``None`` where it was dropped for its length.
+        collect: Encoded rows, their source and the pad id -> a set to train on.
+    """
+
+    name: str
+    parse: Callable[[Sequence[Any], str | None], tuple[list[Any], list[DataError], str]]
+    encode: Callable[[Encoder, Any], Any]
+    collect: Callable[[Sequence[Any], str, int], TrainingSet]
+
+
+INSTRUCTIONS = RowKind("instructions", parse_instructions, Encoder.encode_instruction, InstructionSet)
+PAIRS = RowKind("pairs", parse_preferences, Encoder.encode_preference, PreferenceSet)
