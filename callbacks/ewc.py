@@ -56,6 +56,13 @@ class ElasticWeightConsolidation(PhaseCallback):
         self._effective = 0.0
         self._units = 0.0
 
+    def describe(self) -> str:
+        """See :meth:`PhaseCallback.describe`."""
+        if self.strength == 0:
+            return "EWC: switched off (strength 0)"
+        parts = f"{type(self.importance).__name__}, {type(self.weights).__name__}"
+        return f"Modified EWC: strength {self.strength:g}, {parts}; a pull towards the parameters at the start of each phase"
+
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -116,6 +116,11 @@ class AlignmentModule(LightningModule):
             raise UserError("training needs a HybridDataModule: trainer.fit(module, datamodule=HybridDataModule(...))")
         return data
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the trained weights come from, in plain types: the policy's base, the data and the seed."""
+        return {"policy": self.policy.identity(), "data": self._data.fingerprint(), "seed": self.run_seed}
+
     def keep_phase_start(self) -> None:
         """Have a snapshot taken at every phase start. For callbacks, in their ``setup``."""
         self._wants_snapshot = True
@@ -341,7 +346,7 @@ class AlignmentModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights fit on, the phase in hand and idle optimizer states."""
         checkpoint["hbat"] = {
-            "policy": self.policy.identity(),
+            **self.origin,
             "phase": None if self._phase is None else tuple(self._phase),
             "idle_optimizer_states": self._optimizer_states.state_dict(),
         }

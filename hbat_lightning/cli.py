@@ -203,6 +203,12 @@ def _inspect(args: list[str]) -> None:
     run_inspection(args)
 
 
+def _export(args: list[str]) -> None:
+    from hbat_lightning.export_command import run_export  # late: it needs this module
+
+    run_export(args)
+
+
 def _plan(args: list[str]) -> None:
     from hbat_lightning.plan_command import run_plan  # late: it needs this module
 
@@ -213,6 +219,7 @@ DESCRIPTION = "Hybrid alignment training: alternate SFT and preference training 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inspect": (_inspect, "audit the data of a configuration, without loading any weights"),
     "plan": (_plan, "say what a run will need of memory, from the model's config.json alone"),
+    "export": (_export, "write what a run has trained: the adapter, or a model with the adapter merged in"),
 }
 
 

@@ -22,6 +22,9 @@ class Objective(Protocol):
     def references(self) -> tuple[Reference, ...]:
         """Frozen snapshots of the policy that the loss compares with."""
 
+    def describe(self) -> str:
+        """What it minimises and with which settings, for the model card."""
+
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Sums over a micro-batch; ``"loss"`` is among them."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
 from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow, parse_instructions, parse_preferences
-from hbat_lightning.data.readers import WHOLE, HubSelection, read_rows
+from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, read_rows
 from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoded, Encoder
@@ -157,6 +157,7 @@ class HybridDataModule(LightningDataModule):
         self.train_sets: dict[str, Set] = {}
         self.val_sets: dict[str, Set] = {}
         self.notes: list[str] = []
+        self._templates: dict[str, str] = {}
         self._stream: WindowStream | None = None
         self._prompts: list[Prompt] | None = None
 
@@ -233,7 +234,21 @@ class HybridDataModule(LightningDataModule):
         if not len(self.train_sets[name]):
             raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
+        self._templates[name] = encoder.template.name
         self.notes.append(f"{name}: template {encoder.template.name}, truncation {self.truncation}: {counts}")
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What was read, in plain types: per objective its source and template, and number and digest of the encoded rows."""
+        return {
+            name: {
+                "source": {key: value for key, value in asdict(self.source(name)).items() if value is not None},
+                "on_hub": is_on_hub(self.source(name).path),
+                "template": self._templates[name],
+                "training": {"rows": len(rows), "digest": rows.digest},
+                "held_out": {"rows": len(self.val_sets[name]), "digest": self.val_sets[name].digest},
+            }
+            for name, rows in self.train_sets.items()
+        }
 
     def split(self, name: str, seed: int) -> tuple[Rows, Rows]:
         """The rows of an objective, in canonical form: (training, held-out)."""

@@ -93,6 +93,12 @@ def read_rows(
     return rows
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether rows are asked of the hub: nothing of that name is on disk, and it is not named like a data file."""
+    place = Path(path).expanduser()
+    return hub.is_id(path) and not place.exists() and _suffix(place) is None
+
+
 def _open_source(path: str, split: str | None, selection: HubSelection) -> Iterator[RawRow]:
     within_hub = {"subset": selection.subset, "revision": selection.revision, "data_files": selection.data_files}
     if path.startswith(_EMBEDDED):
@@ -107,7 +113,7 @@ def _open_source(path: str, split: str | None, selection: HubSelection) -> Itera
     if place.exists():
         _refuse_choice(path, split=split, **within_hub)
         return _read_file(place)
-    if hub.is_id(path) and _suffix(place) is None:
+    if is_on_hub(path):
         return _read_hub(path, split or "train", selection)
     raise DataError("there is no such file or folder", path, remedy=_nearest_name(place))
 

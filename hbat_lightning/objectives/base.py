@@ -66,6 +66,10 @@ class ObjectiveModule(AlignmentModule):
         """None, unless the loss compares with one."""
         return ()
 
+    def describe(self) -> str:
+        """What it minimises and with which settings, for the model card."""
+        return type(self).__name__
+
     @abstractmethod
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Sums over a micro-batch; ``"loss"`` carries the graph."""
