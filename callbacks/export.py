@@ -8,17 +8,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.model_card import ADAPTER, MODEL, Training, describe_method, write_card
 from hbat_lightning.trainer_checks import is_dry_run
 
 
 class PolicyExport(Callback):
-    """At the end of training, writes ``adapter/`` (LoRA: a PEFT folder) or ``model/`` (full fine-tune) into the run folder."""
+    """At the end of training, writes ``adapter/`` (LoRA: a PEFT folder) or ``model/`` (full fine-tune) into the run folder.
+
+    A model card stands beside the weights.
+    """
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, while the weights still are where they were trained."""
-        if isinstance(pl_module, AlignmentModule) and not is_dry_run(trainer):
-            pl_module.policy.export(self.folder(trainer, pl_module))
+        if not isinstance(pl_module, AlignmentModule) or is_dry_run(trainer):
+            return
+        folder, callbacks = self.folder(trainer, pl_module), trainer.callbacks  # type: ignore[attr-defined]
+        pl_module.policy.export(folder)
+        method = describe_method(pl_module, callbacks)
+        training = Training(pl_module.origin, trainer.global_step, Path(trainer.default_root_dir), method)
+        write_card(folder, MODEL if pl_module.policy.lora is None else ADAPTER, training)
 
     @staticmethod
     def folder(trainer: Trainer, module: AlignmentModule) -> Path:

@@ -32,16 +32,7 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
     """
     if "hbat" not in checkpoint:
         raise UserError("this checkpoint was not written by hbat_lightning: no policy is described in it")
-    saved, mine = checkpoint["hbat"]["policy"], policy.identity()
-    # The name of a base may change when its folder moves; its weights may not.
-    differing = [key for key in mine if key != "base" and mine[key] != saved.get(key)]
-    if differing:
-        named = [f"{key.replace('_', ' ')} {saved.get(key)!r} there, {mine[key]!r} here" for key in differing]
-        raise UserError(
-            f"the checkpoint belongs to another policy (base {saved['base']}, here {mine['base']}): "
-            + "; ".join(named)
-            + ". Give the run's own model settings, or start a new run"
-        )
+    require_identity(checkpoint["hbat"]["policy"], policy, "the checkpoint")
     state = checkpoint["state_dict"]
     want = {PREFIX + name for name in policy.checkpoint_names()}
     if not training:
@@ -61,6 +52,29 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
             raise UserError(
                 f"{name.removeprefix(PREFIX)} has shape {tuple(value.shape)} in the checkpoint, {tuple(here.shape)} here"
             )
+
+
+def require_identity(saved: dict[str, Any], policy: Policy, what: str) -> None:
+    """Check that trained tensors were trained on this base and with this adapter.
+
+    Args:
+        saved: The :meth:`Policy.identity` of the policy that they were part of.
+        policy: A built policy.
+        what: What holds the tensors, for the message.
+
+    Raises:
+        UserError: When they were not; says what differs.
+    """
+    mine = policy.identity()
+    # The name of a base may change when its folder moves; its weights may not.
+    differing = [key for key in mine if key != "base" and mine[key] != saved.get(key)]
+    if differing:
+        named = [f"{key.replace('_', ' ')} {saved.get(key)!r} there, {mine[key]!r} here" for key in differing]
+        raise UserError(
+            f"{what} belongs to another policy (base {saved['base']}, here {mine['base']}): "
+            + "; ".join(named)
+            + ". Give the run's own model settings, or start a new run"
+        )
 
 
 def _is_snapshot(name: str) -> bool:

@@ -30,6 +30,18 @@ class GenerationSettings:
     top_k: int = 0
 
 
+def decoding(settings: GenerationSettings, stop_token_id: int, pad_token_id: int) -> GenerationConfig:
+    """The settings in transformers' terms, but for the bound on the length."""
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return GenerationConfig(
+        do_sample=settings.temperature > 0,
+        eos_token_id=stop_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        **(sampling if settings.temperature > 0 else {}),
+    )
+
+
 @torch.no_grad()
 def complete(
     model: nn.Module,
@@ -52,15 +64,8 @@ def complete(
     Returns:
         B lists of token ids, each with its stop token if it stopped, without padding.
     """
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.temperature > 0,
-        eos_token_id=stop_token_id,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-        **(sampling if settings.temperature > 0 else {}),
-    )
+    config = decoding(settings, stop_token_id, pad_token_id)
+    config.max_new_tokens = settings.max_new_tokens
     with _evaluating(model), _plain_generation_config(model):
         out = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     return [_until_stop(ids, stop_token_id) for ids in out[:, input_ids.shape[1] :].tolist()]

@@ -10,6 +10,8 @@ _LOGGED = {
     "lightning.pytorch.utilities.rank_zero": ("💡 Tip:",),
     # On CPUs with AVX512-BF16 bitsandbytes looks for an optional package that would fetch a kernel from a hub.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # Said once per process, without the layers' names; the export prints the type that it writes.
+    "transformers.integrations.bitsandbytes": ("The modules are dequantized in",),
     # One line per quantised layer and pass; int8 layers compute in float16 whatever comes in.
     "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
 }

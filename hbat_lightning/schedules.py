@@ -109,6 +109,10 @@ class Schedule(ABC):
             The phases of all ``rounds`` rounds.
         """
 
+    def describe(self) -> str:
+        """A sentence for the model card."""
+        return f"{type(self).__name__}, {self.rounds} rounds"
+
 
 class Rounds(Schedule):
     """Hbat's schedule (arXiv 2406.15178): SFT on shard r, then preference training on shard r, for r = 1..N.
@@ -125,6 +129,11 @@ class Rounds(Schedule):
         _require_positive(rounds=rounds, instruction_epochs=instruction_epochs, preference_epochs=preference_epochs)
         self.rounds = self.shards = rounds
         self.epochs = {INSTRUCTION: instruction_epochs, PREFERENCE: preference_epochs}
+
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        passes = ", then ".join(f"{epochs} × the {name} shard" for name, epochs in self.epochs.items())
+        return f"Rounds: {self.rounds}, each on shards of its own: {passes}"
 
     def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
         """See :meth:`Schedule.plan`."""
@@ -153,6 +162,11 @@ class Interval(Schedule):
         self.rounds, self.shards = rounds, 1
         self.steps = {INSTRUCTION: instruction_steps, PREFERENCE: preference_steps}
 
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        steps = ", then ".join(f"{count} on {name} data" for name, count in self.steps.items())
+        return f"Interval: {self.rounds} rounds; optimizer steps in each: {steps}; data are cycled through whole"
+
     def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
         """See :meth:`Schedule.plan`."""
         rounds = []
@@ -176,6 +190,10 @@ class Single(Schedule):
     def __init__(self, objective: str, epochs: int = 1) -> None:
         _require_positive(epochs=epochs)
         self.objective, self.rounds, self.shards = objective, epochs, 1
+
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        return f"One objective alone: {self.rounds} × the {self.objective} data"
 
     def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
         """See :meth:`Schedule.plan`."""

@@ -25,6 +25,10 @@ class PhaseKey(NamedTuple):
 class PhaseCallback(Callback):
     """A callback that is told of every switch."""
 
+    def describe(self) -> str:
+        """A sentence on what it does to training, for the model card; empty where it only watches."""
+        return ""
+
     def on_switch(self, trainer: Trainer, module: AlignmentModule, ended: PhaseKey | None, begun: PhaseKey) -> None:
         """Called once per phase, before its first step, while the phase-start snapshot still is that of the ended one.
 

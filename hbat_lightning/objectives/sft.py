@@ -22,6 +22,10 @@ class SFTModule(ObjectiveModule):
     slot = INSTRUCTION
     dropout = True
 
+    def describe(self) -> str:
+        """See :meth:`ObjectiveModule.describe`."""
+        return "SFT: negative log-likelihood, mean over the supervised tokens of a window"
+
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """See :meth:`ObjectiveModule.loss`."""
         return {"loss": _negative_log_likelihood(policy.score(inputs))}
