@@ -27,7 +27,7 @@ from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
-from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.optimizer_state import OptimizerStateKeeper, require_restorable
 from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
@@ -177,6 +177,7 @@ class AlignmentModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""
         optimizer = self.optimizer(list(self.policy.trained_parameters().values()))
+        require_restorable(optimizer)
         # A closure: a callable object would put its attributes into the checkpoint.
         scheduler = LambdaLR(optimizer, self._lr_factor(optimizer.defaults["lr"]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hbat_lightning.data.fields import InstructionRow, PreferenceRow
+from hbat_lightning.data.fields import Row
 from hbat_lightning.data.module import HybridDataModule, ParsedFile, Rows, pad_id, with_bar
 from hbat_lightning.data.tokenization import Encoded, Encoder
 from hbat_lightning.errors import DataError
@@ -121,7 +121,7 @@ class _Part:
             except DataError as fault:
                 self.faults.append(fault)
 
-    def _row(self, row: InstructionRow | PreferenceRow) -> None:
+    def _row(self, row: Row) -> None:
         draft = self.encoder.draft(row)
         prompt, answers = draft.lengths
         self._measure(prompt, answers)
@@ -217,7 +217,7 @@ def find_duplicates(train: Rows, held_out: Rows) -> Duplicates:
     counts: Counter[str] = Counter()
     first: list[str] = []
     for row in train:
-        prompt, answers = _key(row)
+        prompt, answers = row.prompt, row.answers
         if (prompt, answers) in whole:
             counts["inside_train"] += 1
             first.append(f"training row {row.number} repeats row {whole[prompt, answers]}")
@@ -228,7 +228,7 @@ def find_duplicates(train: Rows, held_out: Rows) -> Duplicates:
     inside = first[:SHOWN]
     first = []
     for row in held_out:
-        prompt, answers = _key(row)
+        prompt, answers = row.prompt, row.answers
         if (prompt, answers) in whole:
             counts["across"] += 1
             first.append(f"held-out row {row.number} is training row {whole[prompt, answers]}")
@@ -241,13 +241,6 @@ def find_duplicates(train: Rows, held_out: Rows) -> Duplicates:
         prompt_across=counts["prompt_across"],
         first=inside + first[:SHOWN],
     )
-
-
-def _key(row: InstructionRow | PreferenceRow) -> tuple[Any, Any]:
-    """Prompt and answers of a row, to be compared."""
-    if isinstance(row, InstructionRow):
-        return row.messages[:-1], row.messages[-1].content
-    return row.prompt, (row.chosen, row.rejected)
 
 
 # ---- facts --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums
@@ -15,6 +16,7 @@ from hbat_lightning.sums import Sums
 class Objective(Protocol):
     """What the owning module asks of an objective."""
 
+    rows: RowKind
     lr: float | None
     dropout: bool
 

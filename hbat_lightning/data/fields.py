@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.errors import DataError
@@ -31,6 +31,26 @@ class Message:
     context: str = ""
 
 
+class Row(Protocol):
+    """A row in canonical form: a prompt and one answer or several.
+
+    Attributes:
+        source: Where it comes from.
+        number: Which row of it.
+        prompt: A conversation that waits for an answer.
+        answers: The answers that the data hold; the first is the one to give.
+    """
+
+    @property
+    def source(self) -> str: ...  # noqa: D102
+    @property
+    def number(self) -> int: ...  # noqa: D102
+    @property
+    def prompt(self) -> tuple[Message, ...]: ...  # noqa: D102
+    @property
+    def answers(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class InstructionRow:
     """A conversation to imitate; its last message is the assistant's."""
@@ -38,6 +58,16 @@ class InstructionRow:
     source: str
     number: int
     messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All but the last message; answers in it may be supervised too."""
+        return self.messages[:-1]
+
+    @property
+    def answers(self) -> tuple[str]:
+        """The last message."""
+        return (self.messages[-1].content,)
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,11 @@ class PreferenceRow:
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Chosen, rejected."""
+        return self.chosen, self.rejected
 
 
 # Every name that data sets in the wild give to the three roles.

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
-from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow, parse_instructions, parse_preferences
+from hbat_lightning.data.fields import Row
+from hbat_lightning.data.kinds import INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, read_rows
-from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader
+from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
-from hbat_lightning.data.tokenization import Encoded, Encoder
+from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError, UserError
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
-from hbat_lightning.stream import WindowStream, permutation
+from hbat_lightning.stream import TrainingSet, WindowStream, permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hbat_lightning.alignment import AlignmentModule
+    from hbat_lightning.objective import Objective
 
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
-Set = InstructionSet | PreferenceSet
-Rows = Sequence[InstructionRow] | Sequence[PreferenceRow]
+Rows = Sequence[Row]
 Place = tuple[str, str | None, int | None, HubSelection]  # what `read_rows` takes
 
 
@@ -154,8 +155,9 @@ class HybridDataModule(LightningDataModule):
         self.template, self.max_length, self.truncation = template, max_length, truncation
         self.supervise, self.invalid_rows = supervise, invalid_rows
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.train_sets: dict[str, Set] = {}
-        self.val_sets: dict[str, Set] = {}
+        self.kinds: dict[str, RowKind] = {INSTRUCTION: INSTRUCTIONS, PREFERENCE: PAIRS}
+        self.train_sets: dict[str, TrainingSet] = {}
+        self.val_sets: dict[str, TrainingSet] = {}
         self.notes: list[str] = []
         self._templates: dict[str, str] = {}
         self._stream: WindowStream | None = None
@@ -167,6 +169,7 @@ class HybridDataModule(LightningDataModule):
         """Read and encode what the stage needs."""
         module = cast("AlignmentModule", cast(Any, self.trainer).lightning_module)
         module.require_policy()
+        self.expect(module.objectives)
         tokenizer = module.policy.tokenizer
         if stage in ("fit", "validate"):
             for name in module.objectives:
@@ -204,6 +207,10 @@ class HybridDataModule(LightningDataModule):
 
     # ---- files to sets --------------------------------------------------------------------------------------------
 
+    def expect(self, objectives: Mapping[str, Objective]) -> None:
+        """Learn which kind of rows each objective trains on."""
+        self.kinds |= {name: objective.rows for name, objective in objectives.items()}
+
     def source(self, name: str) -> DataSource:
         """The source of an objective's rows.
 
@@ -229,8 +236,7 @@ class HybridDataModule(LightningDataModule):
         for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
             encoded = self._encode(name, rows, encoder)
             self.notes.append(f"{name}: {len(encoded):,} {what} rows of {len(rows):,}")
-            make: Any = InstructionSet if name == INSTRUCTION else PreferenceSet
-            sets[name] = make(encoded, self.source(name).path, pad_id(tokenizer))
+            sets[name] = self.kinds[name].collect(encoded, self.source(name).path, pad_id(tokenizer))
         if not len(self.train_sets[name]):
             raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
@@ -279,9 +285,8 @@ class HybridDataModule(LightningDataModule):
         Raises:
             UserError: The file as a whole cannot be used.
         """
-        parse: Callable[..., tuple[Rows, list[DataError], str]]
-        parse = parse_instructions if name == INSTRUCTION else parse_preferences
-        rows, faults, found = parse(read_rows(path, split, limit, selection), self.source(name).format)
+        raw = read_rows(path, split, limit, selection)
+        rows, faults, found = self.kinds[name].parse(raw, self.source(name).format)
         return ParsedFile(path, found, rows, faults)
 
     def read(
@@ -325,35 +330,26 @@ class HybridDataModule(LightningDataModule):
             raise UserError(f"no held-out prompts: give --data.init_args.{name}.test_path, val_path or val_fraction")
         prompts = []
         for row in rows:
-            messages, answer = _prompt_and_answer(row)
             try:
-                ids = encoder.encode_prompt(messages)
+                ids = encoder.encode_prompt(row.prompt)
             except UserError as error:  # a template knows no rows
                 raise DataError(str(error), row.source, row.number) from error
-            text = "".join(segment.text for segment in encoder.template.segments(messages))
+            text = "".join(segment.text for segment in encoder.template.segments(row.prompt))
             text = text.removeprefix(str(tokenizer.bos_token or ""))
-            prompts.append(Prompt(ids, text, answer))
+            prompts.append(Prompt(ids, text, row.answers[0]))
         return prompts
 
     def _encode(self, name: str, rows: Rows, encoder: Encoder) -> list[Any]:
-        encode: Callable[[Any], Encoded | tuple[Encoded, Encoded] | None]
-        encode = encoder.encode_instruction if name == INSTRUCTION else encoder.encode_preference
         encoded, faults = [], []
         for row in with_bar(rows, f"tokenising {name}"):
             try:
-                encoded.append(encode(row))
+                encoded.append(self.kinds[name].encode(encoder, row))
             except DataError as fault:
                 if self.is_fatal(fault):
                     raise _with_hint([fault]) from fault
                 faults.append(fault)
         self._drop(name, faults)
         return [row for row in encoded if row is not None]
-
-
-def _prompt_and_answer(row: InstructionRow | PreferenceRow) -> tuple[Sequence[Message], str]:
-    if isinstance(row, InstructionRow):
-        return row.messages[:-1], row.messages[-1].content
-    return row.prompt, row.chosen
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

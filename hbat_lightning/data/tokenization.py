@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbat_lightning.data.formats import InstructionRow, Message, PreferenceRow
+from hbat_lightning.data.fields import InstructionRow, Message, PreferenceRow, Row
 from hbat_lightning.data.templates import Segment, Template, special_token_ids
 from hbat_lightning.errors import DataError, LengthError, UserError
 
@@ -154,18 +154,18 @@ class Encoder:
         fitted = self.fit(row, self.draft(row))
         return None if fitted is None else (fitted[0], fitted[1])
 
-    def draft(self, row: InstructionRow | PreferenceRow) -> Draft:
+    def draft(self, row: Row) -> Draft:
         """Encode a row at its full length.
 
         Raises:
             DataError: The template cannot write it, or the two answers give the same ids.
         """
-        if isinstance(row, InstructionRow):
-            return self._encode_row(row, row.messages[:-1], [row.messages[-1].content])
-        (ids, supervised), answers = self._encode_row(row, row.prompt, [row.chosen, row.rejected])
-        if answers[0].ids == answers[1].ids:
+        prompt, answers = self._encode_row(row)
+        if len(answers) > 1 and answers[0].ids == answers[1].ids:
             raise DataError("both answers give the same tokens", row.source, row.number, "Remove the row")
-        return Draft(_Ids(ids, [False] * len(supervised)), answers)
+        if isinstance(row, InstructionRow):
+            return Draft(prompt, answers)
+        return Draft(_Ids(prompt.ids, [False] * len(prompt.ids)), answers)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from.
@@ -200,12 +200,10 @@ class Encoder:
     def _protect(self, text: str) -> str:
         return self._special.sub(f"{_OPEN}\\1{_CLOSE}", text)
 
-    def _encode_row(
-        self, row: InstructionRow | PreferenceRow, prompt: Sequence[Message], answers: Sequence[str]
-    ) -> Draft:
+    def _encode_row(self, row: Row) -> Draft:
         """Encode the prompt once and every answer to it."""
         try:
-            written = [self._write([*prompt, Message("assistant", answer)]) for answer in answers]
+            written = [self._write([*row.prompt, Message("assistant", answer)]) for answer in row.answers]
         except UserError as error:  # a template knows no rows
             raise DataError(str(error), row.source, row.number) from error
         before = written[0][:-1]
@@ -290,7 +288,7 @@ class Encoder:
 
     # --- length ---------------------------------------------------------------------------------------------------
 
-    def fit(self, row: InstructionRow | PreferenceRow, draft: Draft) -> list[Encoded] | None:
+    def fit(self, row: Row, draft: Draft) -> list[Encoded] | None:
         """Apply the truncation policy to a draft, and count what was done.
 
         Returns:
@@ -325,7 +323,7 @@ class Encoder:
             for answer in answers
         ]
 
-    def _cut_prompt(self, row: InstructionRow | PreferenceRow, prompt: _Ids, longest: int) -> _Ids:
+    def _cut_prompt(self, row: Row, prompt: _Ids, longest: int) -> _Ids:
         opening = 1 if prompt.ids[:1] == [self.tokenizer.bos_token_id] else 0
         room = self.max_length - longest - opening
         if room < 1:
@@ -333,7 +331,7 @@ class Encoder:
         ids, supervised = prompt
         return _Ids(ids[:opening] + ids[-room:], supervised[:opening] + supervised[-room:])
 
-    def _cut_answers(self, row: InstructionRow | PreferenceRow, prompt: _Ids, answers: list[_Ids]) -> list[_Ids]:
+    def _cut_answers(self, row: Row, prompt: _Ids, answers: list[_Ids]) -> list[_Ids]:
         room = self.max_length - len(prompt.ids)
         if room < 1:
             longest = max(len(answer.ids) for answer in answers)

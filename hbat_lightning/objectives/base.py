@@ -9,6 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_optimizer
+from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.policy import Policy, Reference
@@ -38,6 +39,7 @@ class ObjectiveModule(AlignmentModule):
     """
 
     slot: str
+    rows: RowKind
     dropout: bool
 
     def __init__(

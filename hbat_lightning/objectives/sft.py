@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hbat_lightning.data.kinds import INSTRUCTIONS
 from hbat_lightning.objectives.base import ObjectiveModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import INSTRUCTION
@@ -20,6 +21,7 @@ class SFTModule(ObjectiveModule):
     """
 
     slot = INSTRUCTION
+    rows = INSTRUCTIONS
     dropout = True
 
     def describe(self) -> str:
