@@ -139,6 +139,7 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     if spec.quantization != "none":
         require_quantised(model, spec)
         keep_differentiable(model)
+        _let_go_of_files(model)
     return cast(PreTrainedModel, model)
 
 
@@ -165,6 +166,17 @@ def require_quantised(model: nn.Module, spec: BaseSpec) -> int:
             "bitsandbytes can quantise"
         )
     return count
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what stayed in full precision on the CPU: it is a view of the mapped files.
+
+    A single norm would keep the file of its whole layer mapped, and all of the base's pages with it, although their
+    weights have been packed into four or eight bits elsewhere.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def full_precision_parts(model: nn.Module) -> dict[str, tuple[torch.dtype, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,13 @@ def test_what_is_not_there_ends_in_one_line_that_says_where_to_look(load: Any, t
             load(BaseSpec(name))
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are listed on Linux only")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_lets_go_of_its_files(quantization: Any, base_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "halves")
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "halves")
+    model = load_model(BaseSpec(str(tmp_path / "halves"), quantization), CPU)
+    assert "halves/model.safetensors" not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight.dtype == torch.bfloat16  # as in the file, so that it could have stayed a view of it
