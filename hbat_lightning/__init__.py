@@ -9,7 +9,17 @@ from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.module import DataSource, HybridDataModule
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.hybrid import HybridAlignmentModule
-from hbat_lightning.objectives import DPOModule, SFTModule
+from hbat_lightning.objectives import (
+    DPOModule,
+    HingeModule,
+    IPOModule,
+    ORPOModule,
+    RobustDPOModule,
+    RPOModule,
+    RRHFModule,
+    SFTModule,
+    SimPOModule,
+)
 from hbat_lightning.policy import Policy
 
 __version__ = "0.1.0"
@@ -18,10 +28,17 @@ __all__ = [
     "DPOModule",
     "DataSource",
     "GenerationSettings",
+    "HingeModule",
     "HybridAlignmentModule",
     "HybridDataModule",
+    "IPOModule",
     "LoraSettings",
+    "ORPOModule",
     "Policy",
+    "RPOModule",
+    "RRHFModule",
+    "RobustDPOModule",
     "SFTModule",
+    "SimPOModule",
     "__version__",
 ]

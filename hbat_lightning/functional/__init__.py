@@ -13,18 +13,38 @@ from hbat_lightning.functional.log_probs import (
     sequence_log_probs,
     token_log_probs,
 )
-from hbat_lightning.functional.losses import dpo_loss, sft_loss
+from hbat_lightning.functional.losses import log1mexp, log_odds, orpo_loss, rrhf_loss, sft_loss, simpo_loss
+from hbat_lightning.functional.reference_losses import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    kto_reference_point,
+    robust_dpo_loss,
+    rpo_loss,
+)
 
 __all__ = [
     "dpo_loss",
     "effective_number",
+    "hinge_loss",
+    "ipo_loss",
+    "kto_loss",
+    "kto_reference_point",
     "linear_log_probs",
     "literal_weights",
+    "log1mexp",
+    "log_odds",
+    "orpo_loss",
     "proportional_weights",
+    "robust_dpo_loss",
     "rows_per_chunk",
+    "rpo_loss",
+    "rrhf_loss",
     "selected_log_probs",
     "sequence_log_probs",
     "sft_loss",
+    "simpo_loss",
     "squared_displacement",
     "token_log_probs",
 ]

@@ -26,7 +26,7 @@ class Pairs:
 
     Attributes:
         log_probs: ``(2, B)`` sums over an answer's tokens under the policy.
-        tokens: ``(2, B)`` tokens of each answer, stop token included.
+        tokens: ``(2, B)`` supervised tokens of each answer, its stop token among them; at least 1.
         reference: ``(2, B)`` the sums under what the policy is compared with; 0 for a loss without a reference.
     """
 
@@ -38,6 +38,15 @@ class Pairs:
     def by_answer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probabilities ``(B,)`` of chosen and rejected under the policy, and of both under the reference."""
         return self.log_probs[0], self.log_probs[1], self.reference[0], self.reference[1]
+
+    @property
+    def chosen_nll(self) -> Tensor:
+        """``(B,)`` negative log-likelihood per token of each chosen answer, without its graph."""
+        return -self.log_probs[0].detach() / self.tokens[0]
+
+    def per_token(self) -> Pairs:
+        """The same with means over an answer's tokens in the place of sums."""
+        return Pairs(self.log_probs / self.tokens, self.tokens, self.reference / self.tokens)
 
     def where(self, mask: Tensor) -> Pairs:
         """Only the pairs that a mask ``(B,)`` keeps."""
@@ -157,6 +166,6 @@ class ReferencePairwiseModule(PairwiseModule):
 
 def _real_pairs(scores: TokenScores, reference: Tensor, inputs: dict[str, Tensor]) -> Pairs:
     """The pairs that have anything supervised; padding pairs have not."""
-    tokens = scores.row_sums(torch.ones_like(scores.log_probs)).view(2, -1)
+    tokens = scores.row_sums(torch.ones_like(scores.log_probs)).view(2, -1).clamp(min=1)
     real = (inputs["labels"][:, 1:] != IGNORE).any(-1).view(2, -1).any(0)
     return Pairs(scores.row_sums().view(2, -1), tokens, reference).where(real)
