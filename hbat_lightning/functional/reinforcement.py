@@ -146,10 +146,10 @@ def truncation_log_mass(logits: Tensor, temperature: float, top_k: int, top_p: f
     Returns:
         ``(N,)``, at most 0.
     """
-    whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())  # type: ignore[arg-type]
+    whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())
     kept = whole
     if top_k > 0:
-        kept = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, kept)  # type: ignore[arg-type]
+        kept = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, kept)
     if top_p < 1:
-        kept = TopPLogitsWarper(top_p)(None, kept)  # type: ignore[arg-type]
+        kept = TopPLogitsWarper(top_p)(None, kept)
     return torch.logsumexp(kept, -1) - torch.logsumexp(whole, -1)
