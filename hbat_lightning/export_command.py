@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hbat_lightning import merging
@@ -35,10 +36,10 @@ class ExportCLI(HbatCLI):
     """Parses what ``fit`` parses, so that any configuration and override of it will do."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our own options, and those of ``fit``, which a saved ``config.yaml`` holds."""
-        super().add_arguments_to_parser(parser)
+        """Add our own options, and those of ``fit``, which a saved ``config.yaml`` holds; here one of them means the output."""
         parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
         add: Any = parser.add_argument
+        add("--overwrite", type=bool, default=False, help="Replace an earlier export in the output folder.")
         add("--output", type=str | None, default=None, help="Folder to write; new or empty.")
         add("--form", type=Form, default="adapter", help="A PEFT folder, or a model with the adapter merged in.")
         add(
@@ -76,10 +77,8 @@ def run_export(args: list[str]) -> None:
     print(f"exporting {source}, step {export.training.step:,}")
     try:
         _FORMS[cli.config.form](export)
-    except OSError as error:
-        raise UserError(
-            f"{export.output}: cannot be written ({error.strerror or error}); give another --output"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{export.output}: cannot be written ({error}); make room, or give another --output") from error
     print(f"written: {export.output}\n" + "\n".join(f"  {path.name}" for path in sorted(export.output.iterdir())))
 
 
@@ -141,7 +140,7 @@ class _Export:
         if not folder.exists() or not any(folder.iterdir()):
             return
         if read_record(folder) is None:
-            raise UserError(f"{folder}: is not empty, and no export; give another --output")
+            raise UserError(f"{folder}: is not empty, and no earlier export; give another --output")
         if not self.config.overwrite:
             raise UserError(f"{folder}: holds an export; give another --output, or replace it with --overwrite true")
 
@@ -222,7 +221,7 @@ class _Export:
         """Put the files' weights in the place of those held in training, which are given up first."""
         trained = {name: value.detach().cpu() for name, value in self.module.policy.trained_parameters().items()}
         spec, lora = self.module.policy.spec, self.module.policy.lora
-        fresh = Policy(spec.name, lora=lora, revision=spec.revision)
+        fresh = Policy(spec.name, lora=lora)
         fresh.spec = merging.spec_of_files(spec)
         self.module.policy = fresh
         gc.collect()  # models hold themselves in cycles
@@ -241,6 +240,7 @@ class _Export:
         """Ids of the first held-out prompts, as ``hbat predict`` would complete them."""
         if not self.config.prompts:
             return []
+        self.data.expect(self.module.objectives)
         try:
             prompts = self.data.load_prompts(self.module.policy.tokenizer, self.module.run_seed)
         except UserError as error:

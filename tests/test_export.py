@@ -509,6 +509,7 @@ def test_a_folder_that_holds_something_is_left_alone(
     assert not [name for name in names if name.startswith("adapter")]
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(run, tmp_path / "file", capsys=capsys)
+    assert "cannot be written" in refused(run, tmp_path / "file" / "out", capsys=capsys)
 
 
 def test_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
