@@ -62,29 +62,41 @@ class CausalScorer:
         self._takes_positions = "position_ids" in inspect.signature(cast(nn.Module, inner).forward).parameters
         self._changes_logits: bool | None = None
 
-    def __call__(self, inputs: dict[str, Tensor], with_correct: bool = False) -> TokenScores:
+    def __call__(self, inputs: dict[str, Tensor], with_correct: bool = False, temperature: float = 1.0) -> TokenScores:
         """Score the supervised tokens of a batch.
 
         Args:
             inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
             with_correct: Also say for each token whether it is the most likely one.
+            temperature: What the logits are divided by.
         """
-        labels, mask = inputs["labels"], inputs["attention_mask"]
-        row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        labels = inputs["labels"]
+        row, column = _supervised(labels)
         targets = labels[:, 1:][row, column]
-        arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        if self._takes_positions:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        where = row * labels.shape[1] + column
         if self.changes_logits:
-            with self._only_rows(where, keep=len(where)):
-                logits = self._run(arguments)[0]
+            with self._only_rows(row * labels.shape[1] + column, keep=len(row)):
+                logits = self._run(self._arguments(inputs))[0] / temperature
             correct = logits.argmax(-1) == targets if with_correct else None
             return TokenScores(selected_log_probs(logits, targets), row, correct, labels.shape[0])
-        with self._only_rows(where, keep=0) as hidden:
-            self._run(arguments)
-        log_probs, correct = self._project(hidden[0], targets, with_correct)
+        log_probs, correct = self._project(self.hidden(inputs), targets, with_correct, temperature)
         return TokenScores(log_probs, row, correct, labels.shape[0])
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the output layer sees where a supervised token is predicted: ``(N, H)``, in the order of the tokens' scores.
+
+        Args:
+            inputs: As for a call.
+        """
+        row, column = _supervised(inputs["labels"])
+        with self._only_rows(row * inputs["labels"].shape[1] + column, keep=0) as hidden:
+            self._run(self._arguments(inputs))
+        return hidden[0]
+
+    def _arguments(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        if self._takes_positions:
+            arguments["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return arguments
 
     def _run(self, arguments: dict[str, Tensor]) -> Tensor:
         logits: Tensor = self._model(**arguments, use_cache=False).logits
@@ -92,7 +104,9 @@ class CausalScorer:
 
     # ---- from hidden states to log-probabilities ------------------------------------------------------------------
 
-    def _project(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor | None]:
+    def _project(
+        self, hidden: Tensor, targets: Tensor, with_correct: bool, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
         """``(N, H)`` and ``(N,)`` -> ``(N,)`` log-probabilities, and whether each target is the most likely token."""
         correct = None
         if with_correct:
@@ -100,13 +114,14 @@ class CausalScorer:
                 parts = [self._head(rows).argmax(-1) for rows in self._split(hidden)]
                 correct = torch.cat(parts) == targets
         if type(self._head) is nn.Linear:
-            return linear_log_probs(hidden, self._head.weight, targets, self._head.bias), correct
+            log_probs = linear_log_probs(hidden, self._head.weight, targets, self._head.bias, temperature=temperature)
+            return log_probs, correct
         pairs = zip(self._split(hidden), self._split(targets), strict=True)
-        log_probs = [checkpoint(self._head_log_probs, *pair, use_reentrant=False) for pair in pairs]
-        return torch.cat(log_probs), correct
+        parts = [checkpoint(self._head_log_probs, *pair, temperature, use_reentrant=False) for pair in pairs]
+        return torch.cat(parts), correct
 
-    def _head_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return selected_log_probs(self._head(hidden), targets)
+    def _head_log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        return selected_log_probs(self._head(hidden) / temperature, targets)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         vocabulary = cast(Any, self._head).out_features
@@ -157,3 +172,9 @@ class CausalScorer:
             yield seen
         finally:
             handle.remove()
+
+
+def _supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column ``(N,)`` of the positions that predict a supervised token."""
+    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return row, column

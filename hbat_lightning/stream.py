@@ -8,7 +8,9 @@ over all of its slots, and a slot that stays empty carries one row without label
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
 from hbat_lightning.schedules import Phase, Plan, Schedule
+from hbat_lightning.switches import PhaseKey
 
 
 class MicroBatch(NamedTuple):
@@ -64,6 +67,65 @@ class TrainingSet(Protocol):
         """Tensors of one row with nothing supervised: a forward pass with gradient zero."""
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """How rows become training data where completions must be sampled first.
+
+    Attributes:
+        windows: Windows' worth of rows that completions are sampled for at once.
+        passes: How often they are trained on before the next are sampled.
+    """
+
+    windows: int = 1
+    passes: int = 1
+
+
+class SampledSet(ABC):
+    """A :class:`TrainingSet` whose rows are prompts: what is trained on is sampled from the policy as training goes.
+
+    The stream asks for the samples before it collates them, outside of any training step.
+    """
+
+    source: str
+    digest: str
+    cycle: Cycle
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of prompts."""
+
+    @abstractmethod
+    def sample(self, phase: PhaseKey, key: str, micro_batches: Sequence[Sequence[int]], seed: int) -> None:
+        """Sample completions, unless those of this key are at hand.
+
+        Args:
+            phase: The phase that they are for; it may be about to begin.
+            key: Names the cycle.
+            micro_batches: Row numbers, grouped as the first pass will collate them.
+            seed: For whatever is random in it.
+        """
+
+    @abstractmethod
+    def units(self, row: int) -> int:
+        """How much a sampled row counts in the mean of the loss."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors of some sampled rows."""
+
+    @abstractmethod
+    def blank(self) -> dict[str, Tensor]:
+        """Tensors of one row with nothing supervised."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The samples at hand, in plain types and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved samples."""
+
+
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed that depends on nothing but the parts, in any process and on any machine."""
     text = "/".join(str(part) for part in parts)
@@ -77,7 +139,7 @@ def permutation(size: int, *parts: object) -> tuple[int, ...]:
     return tuple(torch.randperm(size, generator=generator).tolist())
 
 
-def make_shards(data: TrainingSet, objective: str, shards: int, seed: int) -> list[tuple[int, ...]]:
+def make_shards(data: TrainingSet | SampledSet, objective: str, shards: int, seed: int) -> list[tuple[int, ...]]:
     """Cut a data set into disjoint shards of nearly equal size, at random.
 
     Args:
@@ -118,12 +180,20 @@ class WindowStream:
     """
 
     def __init__(
-        self, schedule: Schedule, data: Mapping[str, TrainingSet], batch_size: int, accumulate: int, seed: int
+        self,
+        schedule: Schedule,
+        data: Mapping[str, TrainingSet | SampledSet],
+        batch_size: int,
+        accumulate: int,
+        seed: int,
     ) -> None:
         self.data, self.batch_size, self.accumulate, self.seed = dict(data), batch_size, accumulate, seed
         self.shards = {name: make_shards(rows, name, schedule.shards, seed) for name, rows in self.data.items()}
         self.plan: Plan = schedule.plan(
-            {name: [self._windows_per_pass(len(shard)) for shard in shards] for name, shards in self.shards.items()}
+            {
+                name: [self._windows_per_pass(name, len(shard)) for shard in shards]
+                for name, shards in self.shards.items()
+            }
         )
         self.round = 0
         self.position = 0
@@ -160,7 +230,13 @@ class WindowStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Position and fingerprint, in plain types."""
-        return {"round": self.round, "position": self.position, "fingerprint": self.fingerprint()}
+        sampled = {name: rows.state_dict() for name, rows in self.data.items() if isinstance(rows, SampledSet)}
+        return {
+            "round": self.round,
+            "position": self.position,
+            "fingerprint": self.fingerprint(),
+            "sampled": sampled,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -179,6 +255,9 @@ class WindowStream:
                 + ". Restore these settings, or start a new run in another folder"
             )
         self.round, self.position = state["round"], state["position"]
+        for name, rows in self.data.items():
+            if isinstance(rows, SampledSet):
+                rows.load_state_dict(state["sampled"][name])
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides which rows a position means."""
@@ -193,24 +272,50 @@ class WindowStream:
             **rows,
         }
 
-    def _windows_per_pass(self, rows: int) -> int:
-        return -(-rows // (self.batch_size * self.accumulate))
+    def _cycle(self, objective: str) -> Cycle:
+        rows = self.data[objective]
+        return rows.cycle if isinstance(rows, SampledSet) else Cycle()
 
-    def _rows(self, phase: Phase, step: int) -> list[int]:
-        shard = self.shards[phase.objective][phase.shard]
-        epoch, number = divmod(phase.first_window + step, self._windows_per_pass(len(shard)))
+    def _windows_per_pass(self, objective: str, rows: int) -> int:
+        """Windows in one pass over a shard; sampled rows are trained on several times in it."""
+        return -(-rows // (self.batch_size * self.accumulate)) * self._cycle(objective).passes
+
+    def _place(self, phase: Phase, step: int) -> _Place:
+        """Where a window stands: which cycle of which pass over its shard, and which rows are its own."""
+        shard, cycle = self.shards[phase.objective][phase.shard], self._cycle(phase.objective)
         size = self.batch_size * self.accumulate
+        epoch, number = divmod(phase.first_window + step, self._windows_per_pass(phase.objective, len(shard)))
+        turn, inside = divmod(number, cycle.windows * cycle.passes)
         # Named by shard and pass, not by round or phase: an objective meets its rows in one order, alone or in a hybrid.
-        order = permutation(len(shard), self.seed, phase.objective, phase.shard, epoch)
-        return [shard[place] for place in order[number * size : (number + 1) * size]]
+        name = (self.seed, phase.objective, phase.shard, epoch)
+        order = permutation(len(shard), *name)[turn * cycle.windows * size : (turn + 1) * cycle.windows * size]
+        rows = [shard[place] for place in order]
+        repeat, window = divmod(inside, -(-len(rows) // size))
+        again = permutation(len(rows), *name, turn, repeat) if repeat else range(len(rows))
+        own = [rows[place] for place in again[window * size : (window + 1) * size]]
+        return _Place("/".join(map(str, (*name[1:], turn))), rows, own)
+
+    def _slots(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """A window's rows, split over its micro-batches."""
+        cuts = [len(rows) * slot // self.accumulate for slot in range(self.accumulate + 1)]
+        return [rows[begin:end] for begin, end in pairwise(cuts)]
+
+    def _sample(self, data: SampledSet, phase: Phase, place: _Place) -> None:
+        """Have the samples of a cycle at hand, grouped as its first pass groups them."""
+        size = self.batch_size * self.accumulate
+        windows = [place.cycle[begin : begin + size] for begin in range(0, len(place.cycle), size)]
+        groups = [part for window in windows for part in self._slots(window) if part]
+        key = PhaseKey(phase.index, phase.objective)
+        # A cycle that a phase has cut off is sampled anew in the next: the policy has been trained on other things since.
+        data.sample(key, f"{phase.index}/{place.key}", groups, stable_seed(self.seed, place.key, "samples"))
 
     def _window(self, phase: Phase, step: int) -> list[MicroBatch]:
-        data, rows = self.data[phase.objective], self._rows(phase, step)
-        scale = self.accumulate / max(1, sum(data.units(row) for row in rows))
-        cuts = [len(rows) * slot // self.accumulate for slot in range(self.accumulate + 1)]
+        data, place = self.data[phase.objective], self._place(phase, step)
+        if isinstance(data, SampledSet):
+            self._sample(data, phase, place)
+        scale = self.accumulate / max(1, sum(data.units(row) for row in place.rows))
         window = []
-        for slot in range(self.accumulate):
-            part = rows[cuts[slot] : cuts[slot + 1]]
+        for slot, part in enumerate(self._slots(place.rows)):
             window.append(
                 MicroBatch(
                     inputs=data.collate(part) if part else data.blank(),
@@ -224,3 +329,17 @@ class WindowStream:
                 )
             )
         return window
+
+
+class _Place(NamedTuple):
+    """A window's place in a pass.
+
+    Attributes:
+        key: Names the cycle.
+        cycle: Rows of the whole cycle, in the order of its first pass.
+        rows: The window's own rows.
+    """
+
+    key: str
+    cycle: list[int]
+    rows: list[int]

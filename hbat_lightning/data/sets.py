@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.errors import DataError
 from hbat_lightning.scoring import IGNORE
 from hbat_lightning.stream import MicroBatch, TrainingSet
 
@@ -35,6 +36,21 @@ def pad_right(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         mask[place, :length] = 1
         labels[place, :length] = np.where(row.supervised, row.input_ids, IGNORE)
     return {name: torch.from_numpy(a) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Collate prompts where generation wants them.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, each ``(B, T)``.
+    """
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, longest - len(row) :] = torch.tensor(row)
+        mask[place, longest - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _digest(rows: Iterable[Encoded]) -> str:
@@ -113,6 +129,65 @@ class PreferenceSet:
         return pad_right([_without_labels(side) for side in self.rows[0]], self.pad_id) | {"index": torch.tensor([-1])}
 
 
+class FeedbackSet:
+    """Answers with a verdict on each, and beside each a mismatch: its prompt with the answer to another prompt.
+
+    The mismatches are KTO's sample for the distance between policy and reference. In a micro-batch every row takes the
+    answer of the row before it, the first one that of the last, as TRL and the authors' code do: so the same answers are
+    judged and sampled. A row that is alone in its micro-batch, as at the end of a pass, takes the next one's of the set.
+
+    Args:
+        rows: Encoded answers, each with whether it is desirable.
+        source: Where they come from, for messages.
+        pad_id: Fills up short rows.
+
+    Raises:
+        DataError: There is a single row: no other answer to take.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Encoded, bool]], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+        if len(self.rows) == 1:
+            message = "a single row of feedback, training or held out, has no other answer to be compared with"
+            raise DataError(message, source, remedy="Add rows, or hold out more of them, or none (val_fraction 0)")
+        verdicts = "".join(str(int(desirable)) for _, desirable in self.rows)
+        self.digest = hashlib.blake2b(
+            (_digest(row for row, _ in self.rows) + verdicts).encode(), digest_size=8
+        ).hexdigest()
+        self._longest = max((len(row.input_ids) for row, _ in self.rows), default=0)
+
+    def __len__(self) -> int:
+        """Number of answers."""
+        return len(self.rows)
+
+    def units(self, row: int) -> int:
+        """An answer counts once."""
+        return 1
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` ``(2B, T)``, answers first, then mismatches.
+
+        And ``desirable`` ``(B,)`` bool, ``index`` ``(B,)``.
+        """
+        others = [rows[-1], *rows[:-1]] if len(rows) > 1 else [(rows[0] + 1) % len(self.rows)]
+        matched = [self.rows[row][0] for row in rows]
+        mismatched = [self._mismatch(*pair) for pair in zip(rows, others, strict=True)]
+        desirable = torch.tensor([self.rows[row][1] for row in rows])
+        return pad_right(matched + mismatched, self.pad_id) | {"desirable": desirable, "index": torch.tensor(rows)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """One row without labels."""
+        nothing = [_without_labels(self.rows[0][0])] * 2
+        return pad_right(nothing, self.pad_id) | {"desirable": torch.tensor([False]), "index": torch.tensor([-1])}
+
+    def _mismatch(self, row: int, other: int) -> Encoded:
+        """A row's prompt with another row's answer, cut where it would be longer than every row of the set."""
+        mine, theirs = self.rows[row][0], self.rows[other][0]
+        ids = np.concatenate([mine.input_ids[: mine.prompt_length], theirs.input_ids[theirs.prompt_length :]])
+        supervised = np.arange(len(ids)) >= mine.prompt_length
+        return Encoded(ids[: self._longest], supervised[: self._longest], mine.prompt_length)
+
+
 class EvaluationLoader:
     """All rows of a set, in order, as micro-batches of one objective.
 
@@ -120,10 +195,12 @@ class EvaluationLoader:
         data: The rows.
         objective: Name of the objective that evaluates them.
         batch_size: Rows in a micro-batch.
+        together: Whether what a row is scored on depends on the others of its micro-batch.
     """
 
-    def __init__(self, data: TrainingSet, objective: str, batch_size: int) -> None:
+    def __init__(self, data: TrainingSet, objective: str, batch_size: int, together: bool = False) -> None:
         self.data, self.objective, self.batch_size = data, objective, batch_size
+        self.digest = f"{data.digest}, {batch_size} at a time" if together else data.digest
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -188,10 +265,5 @@ class PromptLoader:
         """Yield them."""
         for begin in range(0, len(self.prompts), self.batch_size):
             part = self.prompts[begin : begin + self.batch_size]
-            longest = max(len(prompt.input_ids) for prompt in part)
-            ids = torch.full((len(part), longest), self.pad_id)
-            mask = torch.zeros_like(ids)
-            for place, prompt in enumerate(part):
-                ids[place, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-                mask[place, longest - len(prompt.input_ids) :] = 1
-            yield PromptBatch(ids, mask, [p.text for p in part], [p.completion for p in part])
+            inputs = pad_left([prompt.input_ids for prompt in part], self.pad_id)
+            yield PromptBatch(**inputs, prompts=[p.text for p in part], completions=[p.completion for p in part])

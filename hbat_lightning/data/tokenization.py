@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbat_lightning.data.fields import InstructionRow, Message, PreferenceRow, Row
+from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow, Row
 from hbat_lightning.data.templates import Segment, Template, special_token_ids
 from hbat_lightning.errors import DataError, LengthError, UserError
 
@@ -46,7 +46,7 @@ class Encoded:
     prompt_length: int
 
 
-class _Ids(NamedTuple):
+class Ids(NamedTuple):
     """Ids with, for each, whether it is supervised."""
 
     ids: list[int]
@@ -56,8 +56,8 @@ class _Ids(NamedTuple):
 class Draft(NamedTuple):
     """A row as ids before the truncation policy: its prompt, and each answer to it."""
 
-    prompt: _Ids
-    answers: list[_Ids]
+    prompt: Ids
+    answers: list[Ids]
 
     @property
     def lengths(self) -> tuple[int, list[int]]:
@@ -154,6 +154,18 @@ class Encoder:
         fitted = self.fit(row, self.draft(row))
         return None if fitted is None else (fitted[0], fitted[1])
 
+    def encode_feedback(self, row: FeedbackRow) -> tuple[Encoded, bool] | None:
+        """Encode an answer as (its ids behind the prompt, whether it is desirable).
+
+        Returns:
+            The row, or `None` where the truncation policy drops it.
+
+        Raises:
+            DataError: As for `encode_instruction`.
+        """
+        fitted = self.fit(row, self.draft(row))
+        return None if fitted is None else (fitted[0], row.desirable)
+
     def draft(self, row: Row) -> Draft:
         """Encode a row at its full length.
 
@@ -165,7 +177,7 @@ class Encoder:
             raise DataError("both answers give the same tokens", row.source, row.number, "Remove the row")
         if isinstance(row, InstructionRow):
             return Draft(prompt, answers)
-        return Draft(_Ids(prompt.ids, [False] * len(prompt.ids)), answers)
+        return Draft(Ids(prompt.ids, [False] * len(prompt.ids)), answers)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from.
@@ -221,7 +233,7 @@ class Encoder:
             self.counts["boundary_merges"] += merges
         return Draft(ids, encoded)
 
-    def _encode_segments(self, segments: Sequence[Segment]) -> _Ids:
+    def _encode_segments(self, segments: Sequence[Segment]) -> Ids:
         """The one place where segments become ids: bos, texts, answers and their stop tokens."""
         ids: list[int] = []
         supervised: list[bool] = []
@@ -234,15 +246,15 @@ class Encoder:
                 piece = self._encode_text(segment.text, (self._stop_texts[0], *_ANCHORS))
             ids += piece
             supervised += [segment.supervised and self.supervise == "all"] * len(piece)
-        return _Ids(ids, supervised)
+        return Ids(ids, supervised)
 
     def _encode_opening(self, text: str) -> list[int]:
         ids = self._encode_text(text, ())
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
-    def _encode_answer(self, text: str) -> _Ids:
+    def _encode_answer(self, text: str) -> Ids:
         ids = [*self._encode_text(text, _ANCHORS), self.stop_token_id]
-        return _Ids(ids, [True] * len(ids))
+        return Ids(ids, [True] * len(ids))
 
     def _merges(self, segments: Sequence[Segment], answer: list[int]) -> bool:
         """Whether the last prompt text and the answer would be cut elsewhere if they were tokenised as one text."""
@@ -323,22 +335,22 @@ class Encoder:
             for answer in answers
         ]
 
-    def _cut_prompt(self, row: Row, prompt: _Ids, longest: int) -> _Ids:
+    def _cut_prompt(self, row: Row, prompt: Ids, longest: int) -> Ids:
         opening = 1 if prompt.ids[:1] == [self.tokenizer.bos_token_id] else 0
         room = self.max_length - longest - opening
         if room < 1:
             raise self._too_long(row, prompt, longest, "the answer alone leaves no room for the prompt in max_length")
         ids, supervised = prompt
-        return _Ids(ids[:opening] + ids[-room:], supervised[:opening] + supervised[-room:])
+        return Ids(ids[:opening] + ids[-room:], supervised[:opening] + supervised[-room:])
 
-    def _cut_answers(self, row: Row, prompt: _Ids, answers: list[_Ids]) -> list[_Ids]:
+    def _cut_answers(self, row: Row, prompt: Ids, answers: list[Ids]) -> list[Ids]:
         room = self.max_length - len(prompt.ids)
         if room < 1:
             longest = max(len(answer.ids) for answer in answers)
             raise self._too_long(row, prompt, longest, "prompt longer than max_length, no token of the answer is left")
-        return [_Ids(answer.ids[:room], answer.supervised[:room]) for answer in answers]
+        return [Ids(answer.ids[:room], answer.supervised[:room]) for answer in answers]
 
-    def _too_long(self, row: Any, prompt: _Ids, longest: int, message: str) -> LengthError:
+    def _too_long(self, row: Any, prompt: Ids, longest: int, message: str) -> LengthError:
         return LengthError(
             f"{message}: {len(prompt.ids)} prompt tokens and {longest} of the answer, {self.max_length} allowed",
             row.source,

@@ -35,9 +35,14 @@ def rows_per_chunk(vocabulary: int) -> int:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    rows: int | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probability of one target per row under ``softmax(hidden @ weight.T + bias)``, without keeping any logits.
+    """Log-probability of one target per row under ``softmax((hidden @ weight.T + bias) / temperature)``, logits not kept.
 
     Logits are made for some rows at a time. Their gradient is known up to a factor per row that comes later,
     ``d log p[y] / d hidden = weight[y] - p @ weight``: so under a frozen output layer it is computed at once, and the
@@ -49,6 +54,7 @@ def linear_log_probs(
         targets: ``(N,)``, integer ids in ``[0, V)``.
         bias: ``(V,)``.
         rows: Rows at a time; as many as :func:`rows_per_chunk` says when not given.
+        temperature: What the logits are divided by, in fp32.
 
     Returns:
         ``(N,)`` log-probabilities, at least fp32. They can be differentiated once.
@@ -58,25 +64,27 @@ def linear_log_probs(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     apply: Callable[..., Tensor] = _LinearLogProbs.apply
-    return apply(hidden, weight, bias, targets, rows or rows_per_chunk(weight.shape[0]))
+    return apply(hidden, weight, bias, targets, rows or rows_per_chunk(weight.shape[0]), 1.0 / temperature)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     """See :func:`linear_log_probs`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
-        ctx.rows, ctx.layer_trains = rows, ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, scale: float
+    ) -> Tensor:
+        ctx.rows, ctx.scale, ctx.layer_trains = rows, scale, ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ahead = ctx.needs_input_grad[0] and not ctx.layer_trains
         slopes = torch.empty_like(hidden) if ahead else None
         normaliser = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
         log_probs = torch.empty_like(normaliser)
         for part in _parts(len(hidden), rows):
-            logits = linear(hidden[part], weight, bias).to(normaliser.dtype)
+            logits = _scaled_logits(hidden[part], weight, bias, scale)
             normaliser[part] = torch.logsumexp(logits, dim=-1)
             log_probs[part] = _picked(logits, targets[part]) - normaliser[part]
             if slopes is not None:
-                slopes[part] = _slope(logits, normaliser[part], targets[part]).to(weight.dtype) @ weight
+                slopes[part] = _slope(logits, normaliser[part], targets[part]).mul_(scale).to(weight.dtype) @ weight
         if ctx.layer_trains:
             ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         elif slopes is not None:
@@ -85,25 +93,26 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         if not ctx.layer_trains:
             (slopes,) = ctx.saved_tensors
-            return slopes * gradient.unsqueeze(-1).to(slopes.dtype), None, None, None, None
+            return slopes * gradient.unsqueeze(-1).to(slopes.dtype), None, None, None, None, None
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         d_bias = torch.zeros_like(weight[:, 0]) if to_bias else None
         for part in _parts(len(hidden), ctx.rows):
-            logits = linear(hidden[part], weight, bias).to(normaliser.dtype)
-            slope = _slope(logits, normaliser[part], targets[part]).mul_(gradient[part].unsqueeze(-1)).to(weight.dtype)
+            logits = _scaled_logits(hidden[part], weight, bias, ctx.scale)
+            slope = _slope(logits, normaliser[part], targets[part])
+            slope = slope.mul_(ctx.scale * gradient[part].unsqueeze(-1)).to(weight.dtype)
             if d_hidden is not None:
                 d_hidden[part] = slope @ weight
             if d_weight is not None:
                 d_weight.addmm_(slope.T, hidden[part])
             if d_bias is not None:
                 d_bias += slope.sum(0)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 def _parts(count: int, rows: int) -> list[slice]:
@@ -112,6 +121,11 @@ def _parts(count: int, rows: int) -> list[slice]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = linear(hidden, weight, bias).to(_wide(hidden.dtype))
+    return logits if scale == 1 else logits.mul_(scale)
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:

@@ -77,17 +77,18 @@ def layer(dtype: torch.dtype = torch.float64, bias: bool = True) -> dict[str, to
     return made | {"targets": torch.tensor([6, 0, 3, 3, 1])}
 
 
-@pytest.mark.parametrize("rows", [None, 1, 2, 5, 9])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [None, 2, 9])
 @pytest.mark.parametrize(
     "trains", [("hidden",), ("hidden", "weight"), ("weight", "bias"), ("hidden", "weight", "bias")]
 )
-def test_linear_log_probs_and_their_gradients(trains: tuple[str, ...], rows: int | None) -> None:
+def test_linear_log_probs_and_their_gradients(trains: tuple[str, ...], rows: int | None, temperature: float) -> None:
     given = layer()
     for name in trains:
         given[name].requires_grad_()
     logits = given["hidden"] @ given["weight"].T + given["bias"]
-    truth = torch.log_softmax(logits, -1)[torch.arange(5), given["targets"]]
-    got = linear_log_probs(**given, rows=rows)
+    truth = torch.log_softmax(logits / temperature, -1)[torch.arange(5), given["targets"]]
+    got = linear_log_probs(**given, rows=rows, temperature=temperature)
     assert torch.allclose(got, truth, rtol=1e-12, atol=0)
     upstream = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64)
     leaves = [given[name] for name in trains]

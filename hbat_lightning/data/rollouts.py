@@ -1,0 +1,192 @@
+"""Prompts that a policy answers as it trains, and the answers with all that is learnt from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbat_lightning.data.fields import Row
+from hbat_lightning.data.sets import pad_left, pad_right
+from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
+from hbat_lightning.errors import DataError, UserError
+from hbat_lightning.stream import Cycle, SampledSet
+from hbat_lightning.switches import PhaseKey
+
+
+def encode_opening(encoder: Encoder, row: Row, room: int) -> list[int] | None:
+    """Encode a row's prompt, and leave room for an answer.
+
+    Args:
+        encoder: Its ``max_length`` is that of prompt and answer together.
+        row: The row; its own answers are not looked at.
+        room: Tokens of the longest answer.
+
+    Returns:
+        The ids that generation starts from; ``None`` where the truncation policy drops the row.
+
+    Raises:
+        DataError: The template cannot write it, or it is too long under the policy.
+    """
+    try:
+        ids = encoder.encode_prompt(row.prompt)
+    except UserError as error:  # a template knows no rows
+        raise DataError(str(error), row.source, row.number) from error
+    answer = Ids([0] * room, [True] * room)
+    fitted = encoder.fit(row, Draft(Ids(ids, [False] * len(ids)), [answer]))
+    return None if fitted is None else fitted[0].input_ids[: fitted[0].prompt_length].tolist()
+
+
+@dataclass
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        prompt: Ids of the prompt.
+        completion: Ids of the completion, n of them, with its stop token if it stopped.
+        tokens: Per-token tensors by name, each ``(n,)``, such as the log-probabilities when it was sampled.
+        figures: Per-completion values by name, such as its reward.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def encoded(self) -> Encoded:
+        """Prompt and completion, the completion supervised."""
+        ids = np.array(self.prompt + self.completion, dtype=np.int32)
+        return Encoded(ids, np.arange(len(ids)) >= len(self.prompt), len(self.prompt))
+
+    def state(self) -> dict[str, Any]:
+        """In plain types and tensors."""
+        return {
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "tokens": dict(self.tokens),
+            "figures": dict(self.figures),
+        }
+
+
+Sampler = Callable[[PhaseKey, Sequence[Sequence[list[int]]], int], list[list[list[Rollout]]]]
+"""Phase, prompts by micro-batch, seed -> for every prompt its rollouts, in the same grouping."""
+
+
+def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Tensor]:
+    """Tensors of some completions.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` ``(S, T)``; every per-token quantity ``(N,)``, in the order in
+        which a scorer gives the N supervised tokens; every per-completion one ``(S,)``.
+    """
+    inputs = pad_right([rollout.encoded() for rollout in rollouts], pad_id)
+    for name in rollouts[0].tokens:
+        inputs[name] = torch.cat([rollout.tokens[name] for rollout in rollouts])
+    for name in rollouts[0].figures:
+        inputs[name] = torch.tensor([rollout.figures[name] for rollout in rollouts])
+    return inputs
+
+
+class RolloutSet(SampledSet):
+    """Prompts to train on by what the policy answers.
+
+    Args:
+        rows: Ids of the prompts.
+        source: Where they come from, for messages.
+        pad_id: Fills up short rows.
+        cycle: How many windows' worth are sampled at once, and how often they are trained on.
+        count: What a rollout counts in the mean of the loss: its tokens, or 1.
+    """
+
+    def __init__(
+        self, rows: Sequence[list[int]], source: str, pad_id: int, cycle: Cycle, count: Callable[[Rollout], int]
+    ) -> None:
+        self.rows, self.source, self.pad_id, self.cycle, self.count = list(rows), source, pad_id, cycle, count
+        digest = hashlib.blake2b(digest_size=8)
+        for row in self.rows:
+            digest.update(np.array(row, dtype=np.int32).tobytes())
+        self.digest = digest.hexdigest()
+        self._sampler: Sampler | None = None
+        self._key = ""
+        self._rollouts: dict[int, list[Rollout]] = {}
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    def answer_with(self, sampler: Sampler) -> None:
+        """Say who answers the prompts."""
+        self._sampler = sampler
+
+    def sample(self, phase: PhaseKey, key: str, micro_batches: Sequence[Sequence[int]], seed: int) -> None:
+        """See :meth:`SampledSet.sample`."""
+        if key == self._key:
+            return
+        if self._sampler is None:
+            raise RuntimeError("nobody answers the prompts: call answer_with() first")
+        groups = self._sampler(phase, [[self.rows[row] for row in part] for part in micro_batches], seed)
+        self._rollouts = {
+            row: rollouts
+            for part, group in zip(micro_batches, groups, strict=True)
+            for row, rollouts in zip(part, group, strict=True)
+        }
+        self._key = key
+
+    def units(self, row: int) -> int:
+        """What its rollouts count."""
+        return sum(self.count(rollout) for rollout in self._rollouts[row])
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """See :func:`collate_rollouts`; a prompt's rollouts stand side by side."""
+        return collate_rollouts([rollout for row in rows for rollout in self._rollouts[row]], self.pad_id)
+
+    def blank(self) -> dict[str, Tensor]:
+        """One row without labels."""
+        known = next(iter(self._rollouts.values()))[0]
+        empty = Rollout(self.rows[0][:2], [], {name: value[:0] for name, value in known.tokens.items()})
+        return collate_rollouts([empty], self.pad_id) | {name: torch.zeros(0) for name in known.figures}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rollouts at hand."""
+        rollouts = {row: [rollout.state() for rollout in group] for row, group in self._rollouts.items()}
+        return {"key": self._key, "rollouts": rollouts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved rollouts."""
+        self._key = state["key"]
+        self._rollouts = {row: [Rollout(**one) for one in group] for row, group in state["rollouts"].items()}
+
+
+class PromptSet:
+    """Held-out prompts.
+
+    Args:
+        rows: Ids of the prompts.
+        source: Where they come from, for messages.
+        pad_id: Fills up short rows.
+    """
+
+    def __init__(self, rows: Sequence[list[int]], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+        self.digest = RolloutSet(rows, source, pad_id, Cycle(), lambda _: 1).digest
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    def units(self, row: int) -> int:
+        """A prompt counts once."""
+        return 1
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``(B, T)``, padded on the left, and ``index`` ``(B,)``."""
+        return pad_left([self.rows[row] for row in rows], self.pad_id) | {"index": torch.tensor(rows)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """A prompt; held-out rows need no blank ones."""
+        return self.collate([0])
