@@ -167,12 +167,12 @@ class AlignmentModule(LightningModule):
         self.policy.to(device)
         self.policy.eval()
         for loader in self._data.val_dataloader():
-            if self._prepared.get(loader.objective) == loader.data.digest:
+            if self._prepared.get(loader.objective) == loader.digest:
                 continue
             batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader)
             with self.trainer.precision_plugin.forward_context():
                 self.objectives[loader.objective].prepare_evaluation(score, batches)
-            self._prepared[loader.objective] = loader.data.digest
+            self._prepared[loader.objective] = loader.digest
 
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""

@@ -50,6 +50,7 @@ def run_inspection(args: list[str]) -> None:
     if config.examples < 0:
         raise UserError(f"--examples is {config.examples}; give 0 or more")
     model.require_policy()
+    cli.datamodule.expect(model.objectives)
     tokenizer = model.policy.tokenizer
     findings = audit(
         cli.datamodule, model.objectives, tokenizer, model.run_seed, model.schedule.shards, config.examples

@@ -131,6 +131,21 @@ def preference_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return rows[:PREFERENCE_TRAIN], rows[PREFERENCE_TRAIN:]
 
 
+def feedback_rows() -> tuple[list[dict[str, str | bool]], list[dict[str, str | bool]]]:
+    """Training and validation rows of unpaired feedback, of each preference pair the one or the other answer.
+
+    They are `{"prompt", "completion", "label"}`.
+    """
+    rng = random.Random(_SEED + 3)
+    train, validation = preference_rows()
+    return [_judged(rng, row) for row in train], [_judged(rng, row) for row in validation]
+
+
+def _judged(rng: random.Random, pair: dict[str, str]) -> dict[str, str | bool]:
+    good = rng.random() < 0.5
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
+
+
 def _distinct_facts() -> list[Facts]:
     """All combinations of facts in a fixed random order; the two data sets and their splits cut it into pieces."""
     facts = list(_all_facts())

@@ -26,13 +26,17 @@ INSTRUCTION = f"{SCHEME}conflict/instruction"
 INSTRUCTION_VALIDATION = f"{SCHEME}conflict/instruction-validation"
 PREFERENCE = f"{SCHEME}conflict/preference"
 PREFERENCE_VALIDATION = f"{SCHEME}conflict/preference-validation"
+FEEDBACK = f"{SCHEME}conflict/feedback"
+FEEDBACK_VALIDATION = f"{SCHEME}conflict/feedback-validation"
 TINY_LLAMA = f"{SCHEME}tiny-llama"
 
-_ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {
+_ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     INSTRUCTION: lambda: conflict_task.instruction_rows()[0],
     INSTRUCTION_VALIDATION: lambda: conflict_task.instruction_rows()[1],
     PREFERENCE: lambda: conflict_task.preference_rows()[0],
     PREFERENCE_VALIDATION: lambda: conflict_task.preference_rows()[1],
+    FEEDBACK: lambda: conflict_task.feedback_rows()[0],
+    FEEDBACK_VALIDATION: lambda: conflict_task.feedback_rows()[1],
 }
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 # The text of a prompt as it is: what a post asks for stands in it, so turns need no headings.
@@ -58,7 +62,8 @@ def rows(address: str) -> list[dict[str, Any]]:
         address: One of the `embedded://conflict/…` addresses.
 
     Returns:
-        `{"prompt", "completion"}` for instruction data, `{"prompt", "chosen", "rejected"}` for preference data.
+        `{"prompt", "completion"}` for instruction data, `{"prompt", "chosen", "rejected"}` for preference data, and
+        `{"prompt", "completion", "label"}` for feedback.
 
     Raises:
         UserError: There is no such data set.

@@ -86,6 +86,22 @@ class PreferenceRow:
         return self.chosen, self.rejected
 
 
+@dataclass(frozen=True)
+class FeedbackRow:
+    """One answer to a prompt, and whether it is a desirable one."""
+
+    source: str
+    number: int
+    prompt: tuple[Message, ...]
+    completion: str
+    desirable: bool
+
+    @property
+    def answers(self) -> tuple[str]:
+        """The one answer."""
+        return (self.completion,)
+
+
 # Every name that data sets in the wild give to the three roles.
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -199,6 +215,11 @@ def preference_row(row: RawRow, prompt: tuple[Message, ...], chosen: str, reject
     return PreferenceRow(row.source, row.number, checked_prompt(row, prompt), chosen, rejected)
 
 
+def feedback_row(row: RawRow, prompt: tuple[Message, ...], completion: str, desirable: bool) -> FeedbackRow:
+    """A prompt with one answer and the verdict on it."""
+    return FeedbackRow(row.source, row.number, checked_prompt(row, prompt), completion, desirable)
+
+
 def post_prompt(row: RawRow, values: dict[str, Any], prefix: str = "") -> tuple[Message, ...]:
     """The summarisation query of Stiennon et al. (arXiv 2009.01325), their appendix B, as one user message."""
     parts = {}
@@ -242,3 +263,13 @@ def read_choice(row: RawRow, value: Any, column: str, first: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in known:
         raise fault(row, f"{column!r} is {value!r}, {first} or {first + 1} was expected")
     return known[cast("int | str", value)]
+
+
+def read_verdict(row: RawRow, columns: tuple[str, ...]) -> bool:
+    """True or false from the first of some columns that is there; tables give it as text or as a number."""
+    column = next((name for name in columns if name in row.values), columns[0])
+    value = value_of(row, column)
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if not isinstance(value, (bool, int, float, str)) or str(value).strip().lower() not in known:
+        raise fault(row, f"{column!r} is {value!r}, true (desirable) or false (undesirable) was expected")
+    return known[str(value).strip().lower()]

@@ -3,23 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
-from hbat_lightning.data.fields import InstructionRow, Message, PreferenceRow
-from hbat_lightning.data.layouts import INSTRUCTION_FORMATS, PREFERENCE_FORMATS, Format, Row
+from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow
+from hbat_lightning.data.layouts import FEEDBACK_FORMATS, INSTRUCTION_FORMATS, PREFERENCE_FORMATS, Format, Row
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.errors import DataError, UserError
 
 __all__ = [
+    "FEEDBACK_FORMATS",
     "INSTRUCTION_FORMATS",
     "PREFERENCE_FORMATS",
+    "FeedbackRow",
     "Format",
     "InstructionRow",
     "Message",
     "PreferenceRow",
+    "parse_feedback",
     "parse_instructions",
     "parse_preferences",
 ]
+
+
+@dataclass(frozen=True)
+class _Kind(Generic[Row]):
+    """A kind of data.
+
+    Attributes:
+        name: As messages call it.
+        formats: Its formats, in the order in which they are tried.
+        judged: Whether each answer has a verdict of its own.
+        elsewhere: Other kinds that a file may hold by mistake, each as its name, its formats and what to do with it.
+    """
+
+    name: str
+    formats: tuple[Format[Row], ...]
+    judged: bool
+    elsewhere: tuple[tuple[str, tuple[Format[Any], ...], str], ...]
+
+
+_INSTRUCTION = _Kind(
+    "instruction",
+    INSTRUCTION_FORMATS,
+    False,
+    (
+        (
+            "preference",
+            PREFERENCE_FORMATS,
+            "Name the file under `data.preference.path`, and a file of instruction data here",
+        ),
+    ),
+)
+_PREFERENCE = _Kind(
+    "preference",
+    PREFERENCE_FORMATS,
+    False,
+    (
+        (
+            "instruction",
+            INSTRUCTION_FORMATS,
+            "Name the file under `data.instruction.path`, and a file of preference data here",
+        ),
+    ),
+)
+_FEEDBACK = _Kind(
+    "feedback",
+    FEEDBACK_FORMATS,
+    True,
+    (
+        (
+            "preference",
+            PREFERENCE_FORMATS,
+            "Train a loss on pairs with it, such as DPOModule; or write every pair as two rows of prompt, completion, label",
+        ),
+        (
+            "instruction",
+            INSTRUCTION_FORMATS,
+            "Add a column label, true for a desirable and false for an undesirable answer",
+        ),
+    ),
+)
 
 
 def parse_instructions(
@@ -38,26 +102,25 @@ def parse_instructions(
         DataError: The whole file is of another kind: unknown columns, preference data, unpaired feedback.
         UserError: No format has that name, or there are no rows.
     """
-    return _parse(rows, format, INSTRUCTION_FORMATS, PREFERENCE_FORMATS, ("instruction", "preference"))
+    return _parse(rows, format, _INSTRUCTION)
 
 
 def parse_preferences(
     rows: Sequence[RawRow], format: str | None = None
 ) -> tuple[list[PreferenceRow], list[DataError], str]:
     """Bring preference data into its canonical form; arguments, result and errors as in `parse_instructions`."""
-    return _parse(rows, format, PREFERENCE_FORMATS, INSTRUCTION_FORMATS, ("preference", "instruction"))
+    return _parse(rows, format, _PREFERENCE)
 
 
-def _parse(
-    rows: Sequence[RawRow],
-    name: str | None,
-    formats: tuple[Format[Row], ...],
-    other_formats: tuple[Format[Any], ...],
-    kinds: tuple[str, str],
-) -> tuple[list[Row], list[DataError], str]:
+def parse_feedback(rows: Sequence[RawRow], format: str | None = None) -> tuple[list[FeedbackRow], list[DataError], str]:
+    """Bring unpaired feedback into its canonical form; arguments, result and errors as in `parse_instructions`."""
+    return _parse(rows, format, _FEEDBACK)
+
+
+def _parse(rows: Sequence[RawRow], name: str | None, kind: _Kind[Row]) -> tuple[list[Row], list[DataError], str]:
     if not rows:
-        raise UserError(f"there are no rows of {kinds[0]} data to read")
-    chosen = _choose(rows[0], name, formats, other_formats, kinds)
+        raise UserError(f"there are no rows of {kind.name} data to read")
+    chosen = _choose(rows[0], name, kind)
     good: list[Row] = []
     faults: list[DataError] = []
     for row in rows:
@@ -68,46 +131,40 @@ def _parse(
     return good, faults, chosen.name
 
 
-def _choose(
-    first: RawRow,
-    name: str | None,
-    formats: tuple[Format[Row], ...],
-    other_formats: tuple[Format[Any], ...],
-    kinds: tuple[str, str],
-) -> Format[Row]:
-    kind, other_kind = kinds
+def _choose(first: RawRow, name: str | None, kind: _Kind[Row]) -> Format[Row]:
     columns = frozenset(first.values)
     found = ", ".join(sorted(columns))
     if name is not None:
-        named = next((candidate for candidate in formats if candidate.name == name), None)
+        named = next((candidate for candidate in kind.formats if candidate.name == name), None)
         if named is None:
-            known = ", ".join(candidate.name for candidate in formats)
-            raise UserError(f"there is no format {name!r} of {kind} data; the names are {known}")
+            known = ", ".join(candidate.name for candidate in kind.formats)
+            raise UserError(f"there is no format {name!r} of {kind.name} data; the names are {known}")
         if not named.matches(columns, first):
             message = f"the format {name} needs the columns {named.columns}; found: {found}"
             raise DataError(message, first.source, remedy="Rename the columns, or leave the format to be recognised")
         return named
-    if any(isinstance(first.values.get(column), bool) for column in ("label", "kto_tag")):
+    if not kind.judged and any(isinstance(first.values.get(column), bool) for column in ("label", "kto_tag")):
         raise DataError(
             f"unpaired feedback (a true or false for every single answer; columns {found}) is neither instruction nor"
             " preference data",
             first.source,
-            remedy="Pair good and bad answers to the same prompt as prompt, chosen, rejected;"
+            remedy="Train KTOModule with it; or pair good and bad answers to the same prompt as prompt, chosen, rejected;"
             " or keep the good rows alone, without that column, as instruction data",
         )
-    for candidate in formats:
+    for candidate in kind.formats:
         if candidate.matches(columns, first):
             return candidate
-    for other in other_formats:
-        if other.matches(columns, first):
-            raise DataError(
-                f"this is {other_kind} data (format {other.name}, columns {found}), but it was given as {kind} data",
-                first.source,
-                remedy=f"Name the file under `data.{other_kind}.path`, and a file of {kind} data here",
-            )
-    known = "; ".join(f"{candidate.name}: {candidate.columns}" for candidate in formats)
+    for other, formats, remedy in kind.elsewhere:
+        for one in formats:
+            if one.matches(columns, first):
+                raise DataError(
+                    f"this is {other} data (format {one.name}, columns {found}), but it was given as {kind.name} data",
+                    first.source,
+                    remedy=remedy,
+                )
+    known = "; ".join(f"{candidate.name}: {candidate.columns}" for candidate in kind.formats)
     raise DataError(
-        f"no format of {kind} data fits the columns {found}",
+        f"no format of {kind.name} data fits the columns {found}",
         first.source,
         remedy=f"Rename them to fit one of: {known}",
     )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hbat_lightning.data.formats import parse_instructions, parse_preferences
-from hbat_lightning.data.sets import InstructionSet, PreferenceSet
+from hbat_lightning.data.formats import parse_feedback, parse_instructions, parse_preferences
+from hbat_lightning.data.sets import FeedbackSet, InstructionSet, PreferenceSet
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError
 from hbat_lightning.stream import TrainingSet
@@ -22,13 +22,16 @@ class RowKind:
         parse: Raw rows and perhaps the name of a format -> usable rows, faults of the others, the format's name.
         encode: A row -> its encoded form; ``None`` where it was dropped for its length.
         collect: Encoded rows, their source and the pad id -> a set to train on.
+        together: Whether what a row is scored on depends on the others of its micro-batch, which then must be two or more.
     """
 
     name: str
     parse: Callable[[Sequence[Any], str | None], tuple[list[Any], list[DataError], str]]
     encode: Callable[[Encoder, Any], Any]
     collect: Callable[[Sequence[Any], str, int], TrainingSet]
+    together: bool = False
 
 
 INSTRUCTIONS = RowKind("instructions", parse_instructions, Encoder.encode_instruction, InstructionSet)
 PAIRS = RowKind("pairs", parse_preferences, Encoder.encode_preference, PreferenceSet)
+FEEDBACK = RowKind("feedback", parse_feedback, Encoder.encode_feedback, FeedbackSet, together=True)

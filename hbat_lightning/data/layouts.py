@@ -1,7 +1,7 @@
-"""The layouts that instruction and preference data come in, each a small class.
+"""The layouts that instruction data, preferences and feedback come in, each a small class.
 
 A format says which columns it needs, whether a file looks like it, and how one of its rows becomes canonical. A new
-one is a new class in one of the two tuples at the end of this file.
+one is a new class in one of the tuples at the end of this file.
 """
 
 # ruff: noqa: D102  (the methods of a format are documented once, on Format)
@@ -13,12 +13,14 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from hbat_lightning.data.fields import (
+    FeedbackRow,
     InstructionRow,
     Message,
     PreferenceRow,
     checked_text,
     column_text,
     fault,
+    feedback_row,
     instruction_row,
     optional_text,
     post_prompt,
@@ -27,13 +29,15 @@ from hbat_lightning.data.fields import (
     read_choice,
     read_prompt,
     read_turns,
+    read_verdict,
     system_messages,
     value_of,
 )
 from hbat_lightning.data.readers import RawRow
 
-Row = TypeVar("Row", InstructionRow, PreferenceRow)
+Row = TypeVar("Row", InstructionRow, PreferenceRow, FeedbackRow)
 
+_VERDICT_COLUMNS = ("label", "kto_tag")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -246,6 +250,36 @@ class Comparisons(Format[PreferenceRow]):
         return preference_row(row, post_prompt(row, info, "info."), texts[better], texts[1 - better])
 
 
+class Feedback(Format[FeedbackRow]):
+    """A prompt, as text or as messages, one completion, and whether it is desirable (TRL's unpaired preferences)."""
+
+    name, columns = "feedback", "prompt, completion, label (or kto_tag)"
+
+    def matches(self, columns: frozenset[str], first: RawRow) -> bool:
+        return {"prompt", "completion"} <= columns and not columns.isdisjoint(_VERDICT_COLUMNS)
+
+    def parse(self, row: RawRow) -> FeedbackRow:
+        prompt = read_prompt(row, "prompt")
+        inside, answer = read_answer(row, "completion")
+        if inside:
+            raise fault(row, "'completion' holds more than the one answer", "Move the turns before it to 'prompt'")
+        return feedback_row(row, (*system_messages(row), *prompt), answer, read_verdict(row, _VERDICT_COLUMNS))
+
+
+class MessagesFeedback(Format[FeedbackRow]):
+    """A conversation whose last answer is judged, as LLaMA-Factory lays it out."""
+
+    name, columns = "messages_feedback", "messages (or conversations), label (or kto_tag)"
+
+    def matches(self, columns: frozenset[str], first: RawRow) -> bool:
+        return not columns.isdisjoint(("messages", "conversations")) and not columns.isdisjoint(_VERDICT_COLUMNS)
+
+    def parse(self, row: RawRow) -> FeedbackRow:
+        column = "messages" if "messages" in row.values else "conversations"
+        before, answer = read_answer(row, column)
+        return feedback_row(row, (*system_messages(row), *before), answer, read_verdict(row, _VERDICT_COLUMNS))
+
+
 INSTRUCTION_FORMATS: tuple[Format[InstructionRow], ...] = (
     Alpaca(),
     PromptCompletion(),
@@ -259,4 +293,8 @@ PREFERENCE_FORMATS: tuple[Format[PreferenceRow], ...] = (
     Transcripts(),
     AlpacaFarm(),
     Comparisons(),
+)
+FEEDBACK_FORMATS: tuple[Format[FeedbackRow], ...] = (
+    Feedback(),
+    MessagesFeedback(),
 )

@@ -194,7 +194,11 @@ class HybridDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """One loader per objective with held-out rows."""
-        return [EvaluationLoader(data, name, self.val_batch_size) for name, data in self.val_sets.items() if len(data)]
+        return [
+            EvaluationLoader(data, name, self.val_batch_size, self.kinds[name].together)
+            for name, data in self.val_sets.items()
+            if len(data)
+        ]
 
     def test_dataloader(self) -> PromptLoader:
         """Held-out prompts."""
@@ -208,8 +212,20 @@ class HybridDataModule(LightningDataModule):
     # ---- files to sets --------------------------------------------------------------------------------------------
 
     def expect(self, objectives: Mapping[str, Objective]) -> None:
-        """Learn which kind of rows each objective trains on."""
-        self.kinds |= {name: objective.rows for name, objective in objectives.items()}
+        """Learn which kind of rows each objective trains on.
+
+        Raises:
+            UserError: When micro-batches are too small for them.
+        """
+        for name, objective in objectives.items():
+            if objective.rows.together and min(self.batch_size, self.val_batch_size) < 2:
+                raise UserError(
+                    f"data.init_args.batch_size and val_batch_size must be at least 2: the {objective.rows.name} rows of a "
+                    "micro-batch are compared with each other; halve trainer.accumulate_grad_batches in exchange"
+                )
+            if objective.rows is not self.kinds[name]:
+                self.kinds[name] = objective.rows
+                self.train_sets.pop(name, None)
 
     def source(self, name: str) -> DataSource:
         """The source of an objective's rows.

@@ -20,15 +20,14 @@ from transformers import PretrainedConfig
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import ElasticWeightConsolidation
+from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.module import HybridDataModule
-from hbat_lightning.data.sets import InstructionSet, PreferenceSet
 from hbat_lightning.data.tokenization import Encoded
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
-from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
 
 CUDA_BLOCK = 512  # bytes; the caching allocator rounds every tensor up to a multiple of it
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -238,12 +237,14 @@ def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]
     """A micro-batch of every objective, of the greatest length; where it has more than one row, it is padded."""
     longest = settings.data.max_length
     full, short = _row(longest), _row(longest - 1)
-    rows = [short if number % 2 else full for number in range(size)]
-    sets: dict[str, Any] = {
-        INSTRUCTION: InstructionSet(rows, "", 0),
-        PREFERENCE: PreferenceSet([(full, short)] * size, "", 0),
+    rows = [short if number % 2 else full for number in range(max(2, size))]
+    made: dict[RowKind, list[Any]] = {
+        INSTRUCTIONS: rows,
+        PAIRS: [(full, short)] * size,
+        FEEDBACK: [(row, True) for row in rows],
     }
-    return {name: sets[name].collate(range(size)) for name in settings.module.objectives}
+    kinds = {name: objective.rows for name, objective in settings.module.objectives.items()}
+    return {name: kind.collect(made[kind], "", 0).collate(range(size)) for name, kind in kinds.items()}
 
 
 def _row(length: int) -> Encoded:

@@ -2,6 +2,7 @@
 
 from hbat_lightning.objectives.base import ObjectiveModule
 from hbat_lightning.objectives.dpo import DPOModule, HingeModule, IPOModule, RobustDPOModule, RPOModule
+from hbat_lightning.objectives.kto import KTOModule
 from hbat_lightning.objectives.pairwise import PairwiseModule
 from hbat_lightning.objectives.reference_free import ORPOModule, RRHFModule, SimPOModule
 from hbat_lightning.objectives.sft import SFTModule
@@ -10,6 +11,7 @@ __all__ = [
     "DPOModule",
     "HingeModule",
     "IPOModule",
+    "KTOModule",
     "ORPOModule",
     "ObjectiveModule",
     "PairwiseModule",

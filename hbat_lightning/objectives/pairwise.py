@@ -12,12 +12,11 @@ from torch import Tensor
 
 from hbat_lightning.data.kinds import PAIRS
 from hbat_lightning.objectives.base import ObjectiveModule
+from hbat_lightning.objectives.held_out import ROUNDING, InitialScores
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.scoring import IGNORE, Scorer, TokenScores
 from hbat_lightning.sums import Sums
-
-ROUNDING = 1e-3  # nats; two passes over the same rows at the same weights differ by less
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class ReferencePairwiseModule(PairwiseModule):
             raise ValueError(f"beta must be > 0, got {beta}")
         super().__init__(**settings)
         self.beta, self.reference = beta, reference
-        self._initial = torch.empty(0, 2)
+        self._initial = InitialScores()
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -146,8 +145,7 @@ class ReferencePairwiseModule(PairwiseModule):
 
         Before training all pairs are such ties, and the order of a sum would decide whether the accuracy is 0 or 1.
         """
-        initial = self._initial[inputs["index"].cpu()].T.to(inputs["labels"].device)
-        pairs = _real_pairs(policy.score(inputs), initial, inputs)
+        pairs = _real_pairs(policy.score(inputs), self._initial.of(inputs), inputs)
         compared = self.compare(pairs)
         ratios = pairs.log_probs - pairs.reference
         ties = (ratios[0] - ratios[1]).abs() <= ROUNDING
@@ -155,10 +153,9 @@ class ReferencePairwiseModule(PairwiseModule):
         sums = self._sums(compared)
         return sums | {"accuracy": (won.sum() + 0.5 * ties.sum(), sums["accuracy"][1])}
 
-    @torch.no_grad()
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Keep the initial policy's log-probabilities of the held-out pairs, in their order."""
-        self._initial = torch.cat([score(inputs).row_sums().view(2, -1).T.cpu() for inputs in batches])
+        self._initial.keep(score, batches)
 
     def _reference_log_probs(self, policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
         return policy.score_reference(inputs, self.reference).row_sums().view(2, -1)
