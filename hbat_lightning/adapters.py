@@ -47,15 +47,10 @@ def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, bas
         UserError: When no layer matches, or the folder does not fit.
     """
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # fp32: small steps do not move bf16
+        adapted = get_peft_model(
+            model, _config(lora), autocast_adapter_dtype=True
+        )  # fp32: small steps do not move bf16
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
     if adapter_path is not None:
@@ -90,6 +85,27 @@ def add_frozen_twin(adapted: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: values[key.replace(f".{TRAINED}.", f".{name}.")] for key in trained}
 
 
+def add_adapter(adapted: PeftModel, name: str, lora: LoraSettings, folder: str | None) -> None:
+    """Add an adapter beside the trained one, which stays the active one.
+
+    Args:
+        adapted: The model with the trained adapter.
+        name: Name of the new adapter.
+        lora: Rank, scale, dropout and layers.
+        folder: A PEFT folder to take the weights from, which are then frozen; a new one trains.
+
+    Raises:
+        UserError: When the folder does not fit.
+    """
+    flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
+    adapted.add_adapter(name, _config(lora))
+    if folder is not None:
+        _load_adapter_weights(adapted, folder, lora, name)
+    adapted.set_adapter(TRAINED)
+    for key, value in adapted.named_parameters():
+        value.requires_grad_(flags.get(key, folder is None))  # PEFT has set the flags anew, also of what the user froze
+
+
 @contextlib.contextmanager
 def active_adapters(layers: Sequence[BaseTunerLayer], active: list[str]) -> Iterator[None]:
     """Run with other adapters, by setting PEFT's private field.
@@ -107,7 +123,17 @@ def active_adapters(layers: Sequence[BaseTunerLayer], active: list[str]) -> Iter
             layer._active_adapter = names
 
 
-def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings) -> None:
+def _config(lora: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings, name: str = TRAINED) -> None:
     try:
         saved = PeftConfig.from_pretrained(folder)
         weights = load_peft_weights(folder, device="cpu")
@@ -119,7 +145,7 @@ def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings) -> 
             f"alpha {lora.alpha}. Make them equal"
         )
     try:
-        result = set_peft_model_state_dict(model, weights)
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:  # sizes
         raise UserError(
             f"adapter_path {folder} was trained on {saved.base_model_name_or_path}, whose layers have other sizes than those "

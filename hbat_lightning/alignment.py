@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -16,10 +17,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from hbat_lightning.checkpoint_state import adopt_state, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
+from hbat_lightning.data.rollouts import Prompts, Rollout, RolloutSet
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings
@@ -27,7 +28,8 @@ from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
-from hbat_lightning.optimizer_state import OptimizerStateKeeper, require_restorable
+from hbat_lightning.optimization import ParameterGroup, configure
+from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
@@ -36,11 +38,6 @@ from hbat_lightning.switches import PhaseCallback, PhaseKey
 from hbat_lightning.trainer_checks import check_trainer, next_validation
 
 OptimizerState = Literal["reset", "shared", "per_objective"]
-
-
-def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """AdamW with the official betas, no weight decay."""
-    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 class AlignmentModule(LightningModule):
@@ -135,6 +132,9 @@ class AlignmentModule(LightningModule):
             self._window = Totals()
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
+            for name, rows in self._data.train_sets.items():
+                if isinstance(rows, RolloutSet):
+                    rows.answer_with(partial(self._roll_out, name))
             for note in self._data.notes:
                 rank_zero_info(note)
 
@@ -145,6 +145,8 @@ class AlignmentModule(LightningModule):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(stable_seed(self.run_seed, "policy"))
             self.policy.build(device)
+            for objective in self.objectives.values():
+                objective.build(self.policy, device)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 references = {reference for objective in self.objectives.values() for reference in objective.references}
                 lines = self.policy.add_snapshots(references | ({"phase_start"} if self._wants_snapshot else set()))
@@ -176,26 +178,11 @@ class AlignmentModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""
-        optimizer = self.optimizer(list(self.policy.trained_parameters().values()))
-        require_restorable(optimizer)
-        # A closure: a callable object would put its attributes into the checkpoint.
-        scheduler = LambdaLR(optimizer, self._lr_factor(optimizer.defaults["lr"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, base: float) -> Callable[[int], float]:
-        plan, shape = self.plan, self.lr_schedule
-        if base <= 0:
-            raise UserError(
-                f"optimizer.init_args.lr must be above 0, got {base}: objectives' rates are told relative to it"
-            )
-        peaks = {name: 1.0 if o.lr is None else o.lr / base for name, o in self.objectives.items()}
-
-        def factor(step: int) -> float:
-            phase, inside = plan.at(step)
-            place = (inside, phase.length) if shape.per_phase else (step, plan.total_steps)
-            return peaks[phase.objective] * shape.factor(*place)
-
-        return factor
+        own = {name: list(objective.own_parameters(self.policy)) for name, objective in self.objectives.items()}
+        groups = [ParameterGroup(list(self.policy.trained_parameters().values()), None)]
+        groups += [ParameterGroup(parameters, name) for name, parameters in own.items() if parameters]
+        rates = {name: objective.lr for name, objective in self.objectives.items()}
+        return configure(self.optimizer, groups, self.plan, self.lr_schedule, rates)
 
     # ---- phases ---------------------------------------------------------------------------------------------------
 
@@ -261,6 +248,22 @@ class AlignmentModule(LightningModule):
         for metric in (cast(Any, self.trainer)._results or {}).values():
             if metric.meta.name.startswith(f"train/{objective}/"):
                 metric.reset()
+
+    @torch.no_grad()
+    def _roll_out(self, objective: str, phase: PhaseKey, prompts: Prompts, seed: int) -> list[list[list[Rollout]]]:
+        """Have an objective answer prompts; see :data:`~hbat_lightning.data.rollouts.Sampler`.
+
+        The stream asks outside of any hook, and for a phase's first rollouts before its first batch is announced: so the
+        phase begins here, and with it the reference.
+        """
+        self.begin_phase(phase)
+        self.policy.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
+            torch.manual_seed(seed)
+            rollouts = self.objectives[objective].roll_out(self.policy, prompts, self.device)
+        self.policy.set_training(self.objectives[objective].dropout)
+        return rollouts
 
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.
@@ -350,6 +353,7 @@ class AlignmentModule(LightningModule):
             **self.origin,
             "phase": None if self._phase is None else tuple(self._phase),
             "idle_optimizer_states": self._optimizer_states.state_dict(),
+            "objectives": {name: objective.state() for name, objective in self.objectives.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -359,7 +363,10 @@ class AlignmentModule(LightningModule):
                 "load_from_checkpoint has no base model to put the adapter on: pass ckpt_path to the Trainer's fit, validate, "
                 "test or predict, or load the run's adapter/ with PEFT"
             )
-        adopt_state(checkpoint, self.policy, training=self.trainer.state.fn == TrainerFn.FITTING)
+        own = {name: value for name, value in self.named_parameters() if not name.startswith("policy.")}
+        adopt_state(checkpoint, self.policy, self.trainer.state.fn == TrainerFn.FITTING, own)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])
+        for name, objective in self.objectives.items():
+            objective.load_state(state["objectives"][name])

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import re
+from collections.abc import Mapping
+from typing import Any
 
+from torch import Tensor
+
+from hbat_lightning.adapters import TRAINED
 from hbat_lightning.errors import UserError
-from hbat_lightning.policy import Policy, Reference
+from hbat_lightning.policy import Policy
 
 PREFIX = "policy."  # the attribute of the module that holds the policy
-SNAPSHOTS = [reference for reference in get_args(Reference) if reference != "base"]  # the bare base has no tensors
 
 
 def trained_state(state: dict[str, Any], policy: Policy | None) -> dict[str, Any]:
-    """The part of a module's state dict that a checkpoint holds: trained tensors and their snapshots."""
+    """The part of a module's state dict that a checkpoint holds: what trains, snapshots of it, and objectives' own tensors."""
     if policy is None or not policy.built:
         return {}
     keep = {PREFIX + name for name in policy.checkpoint_names()}
-    return {name: value for name, value in state.items() if name in keep}
+    return {name: value for name, value in state.items() if name in keep or not name.startswith(PREFIX)}
 
 
-def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> None:
+def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own: Mapping[str, Tensor]) -> None:
     """Check that a checkpoint fits the policy, before Lightning copies its tensors.
 
     Args:
-        checkpoint: As loaded from the file; tensors of snapshots that evaluation has no use for are taken out of it.
+        checkpoint: As loaded from the file; what evaluation has no use for, such as snapshots, is taken out of it.
         policy: A built policy.
         training: Whether training goes on from here, so that snapshots must be there.
+        own: Tensors of the module that are not the policy's, by name.
 
     Raises:
         UserError: When base, quantisation, rank or tensors differ; says which.
@@ -34,9 +39,9 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
         raise UserError("this checkpoint was not written by hbat_lightning: no policy is described in it")
     require_identity(checkpoint["hbat"]["policy"], policy, "the checkpoint")
     state = checkpoint["state_dict"]
-    want = {PREFIX + name for name in policy.checkpoint_names()}
+    want = {PREFIX + name for name in policy.checkpoint_names()} | set(own)
     if not training:
-        kept = {name: value for name, value in state.items() if name in want or not _is_snapshot(name)}
+        kept = {name: value for name, value in state.items() if name in want or _is_trained_policy(name)}
         checkpoint["state_dict"] = state = kept
     missing, surplus = sorted(want - set(state)), sorted(set(state) - want)
     if missing or surplus:
@@ -45,9 +50,9 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool) -> N
             f"the checkpoint's tensors do not match the policy's: {len(missing)} missing, {len(surplus)} too many, "
             f"for example {example}. Check lora.target_modules, the preference reference and the callbacks of the run"
         )
-    modules = dict(policy.named_parameters())
+    tensors = {PREFIX + name: value for name, value in policy.named_parameters()} | dict(own)
     for name, value in state.items():
-        here = modules[name.removeprefix(PREFIX)]
+        here = tensors[name]
         if here.shape != value.shape:
             raise UserError(
                 f"{name.removeprefix(PREFIX)} has shape {tuple(value.shape)} in the checkpoint, {tuple(here.shape)} here"
@@ -77,5 +82,9 @@ def require_identity(saved: dict[str, Any], policy: Policy, what: str) -> None:
         )
 
 
-def _is_snapshot(name: str) -> bool:
-    return name.startswith(f"{PREFIX}frozen_copies.") or any(f".{snapshot}." in name for snapshot in SNAPSHOTS)
+def _is_trained_policy(name: str) -> bool:
+    """Whether a tensor is of the policy itself: no snapshot, no other adapter, and of no objective's own."""
+    if not name.startswith(f"{PREFIX}model."):
+        return False
+    adapter = re.search(r"\.lora_\w+\.(\w+)\.", name)
+    return adapter is None or adapter[1] == TRAINED

@@ -188,7 +188,7 @@ class _Export:
         policy = self.module.policy
         policy.adapter_path = None  # what the run began with; the checkpoint holds what became of it
         policy.build(self.device)
-        adopt_state(checkpoint, policy, training=False)
+        adopt_state(checkpoint, policy, training=False, own={})
         self.module.load_state_dict(checkpoint["state_dict"], strict=False)
         unknown = {"data": {}, "seed": self.module.run_seed}  # checkpoints of earlier versions do not say
         origin = {name: checkpoint["hbat"].get(name, unknown.get(name)) for name in ("policy", "data", "seed")}

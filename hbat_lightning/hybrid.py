@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from lightning.pytorch.cli import OptimizerCallable
 
-from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_optimizer
+from hbat_lightning.alignment import AlignmentModule, OptimizerState
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.objectives import ObjectiveModule
+from hbat_lightning.optimization import default_optimizer
 from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Rounds, Schedule
 

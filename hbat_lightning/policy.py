@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_frozen_twin, attach_adapter
+from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_adapter, add_frozen_twin, attach_adapter
 from hbat_lightning.base_model import (
     BaseSpec,
     DType,
@@ -91,6 +92,7 @@ class Policy(nn.Module):
         self._adapter_layers: list[BaseTunerLayer] = []
         self._layer_dropouts: dict[nn.Module, dict[str, float]] = {}
         self._frozen_scorers: dict[str, CausalScorer] = {}
+        self._further: list[str] = []
         self._size = 0
         self._kept: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -134,7 +136,13 @@ class Policy(nn.Module):
             self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
             self._size += sum(parameter.numel() for parameter in self.trained_parameters().values())
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            settings = {"use_reentrant": False, "context_fn": self._recomputation}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def _recomputation(self) -> tuple[Any, Any]:
+        """Contexts of a checkpointed layer's two passes: the second, in the backward pass, sees the first one's adapters."""
+        active = list(self._adapter_layers[0]._active_adapter) if self._adapter_layers else []
+        return contextlib.nullcontext(), active_adapters(self._adapter_layers, active)
 
     def add_snapshots(self, references: Iterable[Reference]) -> list[str]:
         """Take the frozen snapshots that these references need, of the policy as it is now; none twice.
@@ -155,6 +163,26 @@ class Policy(nn.Module):
             for name, size in sizes.items()
             if name not in before
         ]
+
+    def add_adapter(self, name: str, lora: LoraSettings, folder: str | None = None) -> None:
+        """Put a further adapter on the base, for something else than the policy: a value function, a reward. Idempotent.
+
+        Args:
+            name: Its name.
+            lora: Rank, scale, dropout and layers.
+            folder: A PEFT folder to take the weights from, which then stay as they are; a new one trains.
+
+        Raises:
+            UserError: In a full fine-tune, which has no base to put it on; or where the folder does not fit.
+        """
+        if self.lora is None:
+            raise UserError(
+                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora, or the {name} a "
+                "model of its own"
+            )
+        if name not in self._further:
+            add_adapter(cast(PeftModel, self._model), name, lora, folder)
+            self._further.append(name)
 
     def _snapshot_name(self, reference: Reference) -> str | None:
         """Which snapshot serves a reference; ``None`` where the bare base does."""
@@ -186,13 +214,20 @@ class Policy(nn.Module):
 
     # ---- what trains, and its snapshots ---------------------------------------------------------------------------
 
-    @staticmethod
-    def _named_trained(model: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that train, by their name in the model: all, or the adapter's."""
-        return self._named_trained(self._model)
+        """Parameters that train as the policy, by their name in the model: all, or the adapter's."""
+        return self._trained(TRAINED)
+
+    def _trained(self, adapter: str) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad and (self.lora is None or f".{adapter}." in name)
+        }
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters of a further adapter that train, by their name in the model."""
+        return self._trained(name)
 
     def snapshot(self, name: str = "phase_start") -> dict[str, Tensor] | None:
         """A snapshot's tensors under the names of :meth:`trained_parameters`; ``None`` if it was not asked for."""
@@ -213,7 +248,7 @@ class Policy(nn.Module):
                 names |= {f"frozen_copies.{snapshot}.{name}" for name in tensors}
             else:
                 names |= {f"model.{name.replace(f'.{TRAINED}.', f'.{snapshot}.')}" for name in tensors}
-        return names
+        return names | {f"model.{name}" for further in self._further for name in self.adapter_parameters(further)}
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this policy only fits on, in plain types."""
@@ -277,23 +312,29 @@ class Policy(nn.Module):
     def _scorer(self) -> CausalScorer:
         return CausalScorer(self._model)
 
-    def score(self, inputs: dict[str, Tensor], with_correct: bool = False) -> TokenScores:
+    def score(self, inputs: dict[str, Tensor], with_correct: bool = False, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities of the supervised tokens under the policy.
 
         Args:
             inputs: ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on either side.
             with_correct: Also say for each token whether it is the most likely one.
+            temperature: What the logits are divided by.
         """
-        return self._scorer(inputs, with_correct)
+        return self._scorer(inputs, with_correct, temperature)
+
+    def hidden(self, inputs: dict[str, Tensor], row: Tensor, column: Tensor, adapter: str = TRAINED) -> Tensor:
+        """Hidden states before the output layer, under the policy's adapter or a further one; see :class:`CausalScorer`."""
+        with active_adapters(self._adapter_layers, [adapter]):
+            return self._scorer.hidden(inputs, row, column)
 
     @torch.no_grad()
-    def score_reference(self, inputs: dict[str, Tensor], reference: Reference) -> TokenScores:
+    def score_reference(self, inputs: dict[str, Tensor], reference: Reference, temperature: float = 1.0) -> TokenScores:
         """The same under a reference, without a graph and without dropout."""
         name = self._snapshot_name(reference)
         if self.lora is None:
-            return self._frozen_scorers[cast(str, name)](inputs)
+            return self._frozen_scorers[cast(str, name)](inputs, temperature=temperature)
         with active_adapters(self._adapter_layers, [] if name is None else [name]):
-            return self._scorer(inputs)
+            return self._scorer(inputs, temperature=temperature)
 
     def score_initial(self, inputs: dict[str, Tensor]) -> TokenScores:
         """The same under the policy that the run began with.

@@ -71,24 +71,28 @@ class CausalScorer:
             temperature: What the logits are divided by.
         """
         labels = inputs["labels"]
-        row, column = _supervised(labels)
+        row, column = predicting(labels)
         targets = labels[:, 1:][row, column]
         if self.changes_logits:
             with self._only_rows(row * labels.shape[1] + column, keep=len(row)):
                 logits = self._run(self._arguments(inputs))[0] / temperature
             correct = logits.argmax(-1) == targets if with_correct else None
             return TokenScores(selected_log_probs(logits, targets), row, correct, labels.shape[0])
-        log_probs, correct = self._project(self.hidden(inputs), targets, with_correct, temperature)
+        log_probs, correct = self._project(self.hidden(inputs, row, column), targets, with_correct, temperature)
         return TokenScores(log_probs, row, correct, labels.shape[0])
 
-    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the output layer sees where a supervised token is predicted: ``(N, H)``, in the order of the tokens' scores.
+    def hidden(self, inputs: dict[str, Tensor], row: Tensor, column: Tensor) -> Tensor:
+        """What the output layer sees at some positions.
 
         Args:
-            inputs: As for a call.
+            inputs: ``input_ids`` and ``attention_mask``, each ``(B, T)``, padded on either side.
+            row: ``(N,)`` rows of the positions.
+            column: ``(N,)`` their columns.
+
+        Returns:
+            ``(N, H)``.
         """
-        row, column = _supervised(inputs["labels"])
-        with self._only_rows(row * inputs["labels"].shape[1] + column, keep=0) as hidden:
+        with self._only_rows(row * inputs["input_ids"].shape[1] + column, keep=0) as hidden:
             self._run(self._arguments(inputs))
         return hidden[0]
 
@@ -174,7 +178,7 @@ class CausalScorer:
             handle.remove()
 
 
-def _supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column ``(N,)`` of the positions that predict a supervised token."""
+def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, each ``(N,)``, of the positions before each supervised token of ``(B, T)`` labels, row by row."""
     row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     return row, column

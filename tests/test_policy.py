@@ -411,7 +411,9 @@ def test_a_description_counts_what_trains(make_policy: Any) -> None:
     shapes = [(128, 128)] * 4 + [(128, 256)] * 3
     trained = 2 * sum(4 * (one + other) for one, other in shapes)  # two layers, rank 4
     base = sum(p.numel() for p in AutoModelForCausalLM.from_config(policy.model.config).parameters())
-    assert policy.describe() + costs == [
+    told = policy.describe()
+    assert told.pop(2).startswith("policy: kept in full precision: ")
+    assert told + costs == [
         f"policy: embedded://tiny-llama, LoRA r 4, {trained:,} of {base + trained:,} parameters train",
         "policy: 14 linear layers are nf4",
         f"reference: phase_start is a frozen adapter, {4 * trained / 2**20:,.1f} MiB",

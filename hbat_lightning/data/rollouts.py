@@ -73,8 +73,11 @@ class Rollout:
         }
 
 
-Sampler = Callable[[PhaseKey, Sequence[Sequence[list[int]]], int], list[list[list[Rollout]]]]
-"""Phase, prompts by micro-batch, seed -> for every prompt its rollouts, in the same grouping."""
+Prompts = Sequence[Sequence[list[int]]]
+"""Ids of prompts, grouped as micro-batches will be."""
+
+Sampler = Callable[[PhaseKey, Prompts, int], list[list[list[Rollout]]]]
+"""Phase, prompts, seed -> for every prompt its rollouts, in the same grouping."""
 
 
 def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Tensor]:

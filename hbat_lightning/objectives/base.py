@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
-from hbat_lightning.alignment import AlignmentModule, OptimizerState, default_optimizer
+from hbat_lightning.alignment import AlignmentModule, OptimizerState
 from hbat_lightning.data.kinds import RowKind
+from hbat_lightning.data.rollouts import Prompts, Rollout
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
+from hbat_lightning.optimization import default_optimizer
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import Single
 from hbat_lightning.scoring import Scorer
@@ -82,3 +86,21 @@ class ObjectiveModule(AlignmentModule):
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Nothing to prepare, unless evaluation compares with the initial policy."""
+
+    def build(self, policy: Policy, device: torch.device) -> None:
+        """Nothing, unless the objective needs something beside the policy."""
+
+    def own_parameters(self, policy: Policy) -> Sequence[nn.Parameter]:
+        """None, unless something trains beside the policy."""
+        return ()
+
+    def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
+        """Only objectives that train on sampled completions do."""
+        raise NotImplementedError(f"{type(self).__name__} trains on data, not on rollouts")
+
+    def state(self) -> dict[str, Any]:
+        """Nothing, unless the objective keeps something over its phases."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""

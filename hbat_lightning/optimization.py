@@ -1,0 +1,77 @@
+"""The one optimizer of a run, and its learning rates as functions of the absolute step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from hbat_lightning.errors import UserError
+from hbat_lightning.lr import LRSchedule
+from hbat_lightning.optimizer_state import require_restorable
+from hbat_lightning.schedules import Plan
+
+
+def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW with the official betas, no weight decay."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that train together.
+
+    Attributes:
+        parameters: The parameters.
+        objective: The objective that they belong to; ``None`` where they are the policy's. Those of an objective, such as a
+            value function, have no gradient in the phases of another, and stand still there.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    objective: str | None
+
+
+def configure(
+    make: OptimizerCallable,
+    groups: Sequence[ParameterGroup],
+    plan: Plan,
+    shape: LRSchedule,
+    rates: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """Make optimizer and schedule, as Lightning wants them.
+
+    Args:
+        make: Makes the optimizer.
+        groups: What trains.
+        plan: The phases of the run.
+        shape: Shape of the learning rate.
+        rates: Peak learning rate of each objective's phases; the optimizer's own where ``None``.
+
+    Raises:
+        UserError: When the optimizer cannot be used.
+    """
+    optimizer = make([{"params": list(group.parameters)} for group in groups])
+    require_restorable(optimizer)
+    base = optimizer.defaults["lr"]
+    if base <= 0:
+        raise UserError(
+            f"optimizer.init_args.lr must be above 0, got {base}: objectives' rates are told relative to it"
+        )
+    peaks = {name: 1.0 if rate is None else rate / base for name, rate in rates.items()}
+    scheduler = LambdaLR(optimizer, _factor(plan, shape, peaks))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _factor(plan: Plan, shape: LRSchedule, peaks: Mapping[str, float]) -> Callable[[int], float]:
+    # A closure: a callable object would put its attributes into the checkpoint.
+    def factor(step: int) -> float:
+        phase, inside = plan.at(step)
+        place = (inside, phase.length) if shape.per_phase else (step, plan.total_steps)
+        return peaks[phase.objective] * shape.factor(*place)
+
+    return factor
