@@ -146,11 +146,11 @@ def logged(run: Path, column: str, objective: str) -> Iterator[float]:
             yield float(row[column])
 
 
-def planned(command: list[str], run: Path) -> float:
-    """Peak of the run that ``hbat plan`` foresees, in GiB."""
+def planned(command: list[str], run: Path, accelerator: str) -> float:
+    """Peak that ``hbat plan`` foresees, in GiB: on a GPU of its tensors, on a CPU of the whole process."""
     report = run.with_suffix(".plan.json")
     subprocess.run([sys.executable, "-m", "hbat_lightning", "plan", *command, "--report", str(report)], check=True)
-    peak: float = json.loads(report.read_text())["peak_bytes"]
+    peak: float = json.loads(report.read_text())["peak" if accelerator == "gpu" else "total"]
     return peak / 2**30
 
 
@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, str]:
     """One run of one length."""
     run = args.output / f"{args.size}-{length}"
     command = arguments(args.base, run, write_data(args.output / f"data-{length}", length), length, args.accelerator)
-    foreseen = planned(command, run)
+    foreseen = planned(command, run, args.accelerator)
     watch = fit(command)
     switches = [json.loads(line) for line in (run / "switches.jsonl").read_text().splitlines()]
     assert [row["objective"] for row in switches] == list(OBJECTIVES) * ROUNDS, switches
