@@ -16,14 +16,16 @@ from typing import Any
 import datasets
 import pytest
 
-from hbat_lightning import DataSource
+from hbat_lightning import DataSource, DPOModule, KTOModule, objectives
 from hbat_lightning.cli import HbatCLI, main, make_cli
 from hbat_lightning.data import embedded
 from hbat_lightning.hub import CONVERTED
+from hbat_lightning.objectives.pairwise import PairwiseModule, ReferencePairwiseModule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 RECIPES = [name for name in CONFIGS if name.startswith("configs/recipes/")]
+LOSSES = [name for name in CONFIGS if name.startswith("configs/preference/")]
 CPU = ["--trainer.accelerator", "cpu"]
 
 
@@ -229,3 +231,35 @@ def test_headers_of_recipes(name: str) -> None:
     assert re.search(r"^Memory: about [\d.]+ GB with rows of [\d,]+ tokens", text, re.MULTILINE)
     assert re.search(r"^Time: about \d+ h on an? .*estimate", text, re.MULTILINE)
     assert "login" in text, "whether the model needs one"
+
+
+# ---- preference losses ------------------------------------------------------------------------------------------------
+
+
+def second_command(name: str) -> list[str]:
+    """The arguments of the second command in the header."""
+    commands = re.findall(r"^hbat fit (.*)$", header(name).replace("\\\n", " "), re.MULTILINE)
+    return [str(ROOT / part) if part.endswith(".yaml") else part for part in shlex.split(commands[1])]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_alone_it_is_the_loss_of_the_layer(name: str, tmp_path: Path) -> None:
+    """What the base configurations give to DPO must not reach a loss that has an argument of the same name."""
+    alone = second_command(name)
+    folder = alone.index("--trainer.default_root_dir") + 1
+    assert alone[folder] == f"runs/{Path(name).stem}"
+    assert parsed(name).config.trainer.default_root_dir == f"runs/hbat_{Path(name).stem}"
+    objective = make_cli([*alone, *CPU], run=False).model
+    assert type(objective) is type(parsed(name).model.preference)
+    assert objective.describe() == parsed(name).model.preference.describe() == type(objective)().describe()
+    alone[folder] = str(tmp_path / "run")
+    small = ["--data.init_args.preference.limit", "24", "--data.init_args.preference.val_fraction", "0.25"]
+    main(["fit", *alone, *small, *CPU, "--trainer.enable_progress_bar", "false", "--trainer.max_steps", "2"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 2
+
+
+def test_every_preference_loss_but_dpo_has_a_layer() -> None:
+    bases = {PairwiseModule, ReferencePairwiseModule}
+    known = {one for one in vars(objectives).values() if isinstance(one, type) and issubclass(one, PairwiseModule)}
+    layered = {type(parsed(name).model.preference) for name in LOSSES}
+    assert layered == known - bases - {DPOModule} | {KTOModule}
