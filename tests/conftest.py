@@ -26,7 +26,7 @@ from hbat_lightning import (
 )
 from hbat_lightning.data import embedded
 from hbat_lightning.schedules import Rounds
-from tests.support import DoublePolicy, MemoryLogger, Run
+from tests.support import DoublePolicy, MemoryLogger, Run, shake
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -63,6 +63,16 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The embedded model in a folder, for plain transformers and peft."""
     with embedded.materialise(embedded.TINY_LLAMA) as folder:
         yield folder
+
+
+@pytest.fixture
+def adapter(make_policy: Callable[..., Policy], tmp_path: Path) -> str:
+    """A folder with an adapter that says something."""
+    policy = make_policy()
+    policy.build(torch.device("cpu"))
+    shake(policy.trained_parameters())
+    policy.export(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
 
 
 @pytest.fixture

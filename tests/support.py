@@ -134,6 +134,14 @@ def weights(module: Any) -> Tensors:
     return {name: p.detach().clone() for name, p in module.policy.trained_parameters().items()}
 
 
+@torch.no_grad()
+def shake(parameters: dict[str, Any], seed: int = 0) -> None:
+    """Move parameters at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(parameters):
+        parameters[name].add_(0.05 * torch.randn(parameters[name].shape, generator=generator))
+
+
 def largest_difference(one: Tensors, other: Tensors) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)

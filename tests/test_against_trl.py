@@ -20,7 +20,7 @@ from hbat_lightning import DPOModule, Policy, SFTModule
 from hbat_lightning.data import embedded
 from hbat_lightning.functional import dpo_loss, sequence_log_probs, sft_loss, token_log_probs
 from hbat_lightning.lr import Constant
-from tests.support import Recorder
+from tests.support import Recorder, shake
 
 trl = pytest.importorskip("trl", reason='TRL is not installed: pip install "hbat-lightning[oracles]"')
 ROWS = 6
@@ -46,23 +46,6 @@ def instruction_rows() -> list[dict[str, Any]]:
 def preference_rows() -> list[dict[str, Any]]:
     rows = embedded.rows(embedded.PREFERENCE)[:ROWS]
     return [chat(row["prompt"], chosen=row["chosen"], rejected=row["rejected"]) for row in rows]
-
-
-@pytest.fixture
-def adapter(make_policy: Any, tmp_path: Path) -> str:
-    """A folder with an adapter that says something."""
-    policy = make_policy()
-    policy.build(torch.device("cpu"))
-    shake(policy.trained_parameters())
-    policy.export(tmp_path / "adapter")
-    return str(tmp_path / "adapter")
-
-
-@torch.no_grad()
-def shake(parameters: dict[str, Any], seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name in sorted(parameters):
-        parameters[name].add_(0.05 * torch.randn(parameters[name].shape, generator=generator))
 
 
 def trained(model: Any) -> dict[str, Any]:
