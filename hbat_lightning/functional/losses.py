@@ -83,12 +83,9 @@ def log1mexp(values: Tensor) -> Tensor:
 
     Values above the dtype's -eps are raised to it, so that 0 has a finite result, and there the gradient is 0.
     """
-    values = values.clamp(max=-torch.finfo(values.dtype).eps)
-    near = values > -math.log(2.0)
-    # Each form gets only values that it can take: the gradient of one not chosen would be nan where it overflows.
-    small = torch.log(-torch.expm1(values.masked_fill(~near, -1.0)))
-    large = torch.log1p(-torch.exp(values.masked_fill(near, -1.0)))
-    return torch.where(near, small, large)
+    values = values.clamp(max=-torch.finfo(values.dtype).eps)  # also: of the form not chosen, else nan as gradient
+    near_zero, far = torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values))
+    return torch.where(values > -math.log(2.0), near_zero, far)
 
 
 def rrhf_loss(

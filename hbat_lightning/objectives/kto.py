@@ -26,7 +26,8 @@ class KTOModule(ObjectiveModule):
     micro-batch with another one's answer. As in TRL, :math:`z_0` is a statistic of the micro-batch, without a gradient.
     So this loss, unlike those on pairs, depends on how a window is cut into micro-batches, and the held-out loss on
     ``val_batch_size``; give both the size that memory allows. A micro-batch of one row has no mismatch, so ``batch_size``
-    1 is refused.
+    1 is refused. Where the last window of a pass leaves a slot with one row, that takes an answer from the next row of
+    the data (:class:`~hbat_lightning.data.sets.FeedbackSet`).
 
     Logged are the means over rows of the ``loss`` and of ``kl``, that is :math:`z_0`; ``chosen_reward`` and
     ``rejected_reward``, the means of :math:`\beta\log(\pi/\pi^{ref})` over desirable and over undesirable rows;
@@ -94,8 +95,8 @@ class KTOModule(ObjectiveModule):
     def _sums(self, policy: Policy, inputs: dict[str, Tensor], reference: Tensor) -> Sums:
         matched, mismatched = _halves(inputs)
         real = (matched["labels"][:, 1:] != IGNORE).any(-1)
-        # The pass with a graph comes first: autocast keeps the copies of weights that it has cast, and those of a pass
-        # without a graph would cut the gradient off.
+        # The pass with a graph comes first: under autocast, older releases of torch keep the casts of weights from a pass
+        # without one, and the gradient would end there.
         scores = policy.score(matched).row_sums()[real]
         with torch.no_grad():
             samples = policy.score(mismatched).row_sums()[real]
