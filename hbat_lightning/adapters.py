@@ -71,7 +71,7 @@ def add_frozen_twin(adapted: PeftModel, name: str) -> dict[str, Tensor]:
     """
     config = copy.deepcopy(adapted.peft_config[TRAINED])
     config.lora_dropout = 0.0
-    trained = [key for key, value in adapted.named_parameters() if value.requires_grad]
+    trained = [key for key, value in adapted.named_parameters() if value.requires_grad and f".{TRAINED}." in key]
     flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
     adapted.add_adapter(name, config)
     adapted.set_adapter(TRAINED)

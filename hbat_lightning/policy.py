@@ -212,6 +212,11 @@ class Policy(nn.Module):
             raise RuntimeError("the policy has no weights yet: call build() first")
         return self.model
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that the output layer sees."""
+        return int(cast(Any, self._model).get_output_embeddings().in_features)
+
     # ---- what trains, and its snapshots ---------------------------------------------------------------------------
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -326,6 +331,10 @@ class Policy(nn.Module):
         """Hidden states before the output layer, under the policy's adapter or a further one; see :class:`CausalScorer`."""
         with active_adapters(self._adapter_layers, [adapter]):
             return self._scorer.hidden(inputs, row, column)
+
+    def truncation_log_mass(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
+        """What top-k and top-p leave of the policy to sample from; see :meth:`CausalScorer.truncation_log_mass`."""
+        return self._scorer.truncation_log_mass(inputs, settings)
 
     @torch.no_grad()
     def score_reference(self, inputs: dict[str, Tensor], reference: Reference, temperature: float = 1.0) -> TokenScores:

@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hbat_lightning.functional import linear_log_probs, rows_per_chunk, selected_log_probs
+from hbat_lightning.functional import linear_log_probs, rows_per_chunk, selected_log_probs, truncation_log_mass
+from hbat_lightning.generation import GenerationSettings
 
 IGNORE = -100
 
@@ -80,6 +81,27 @@ class CausalScorer:
             return TokenScores(selected_log_probs(logits, targets), row, correct, labels.shape[0])
         log_probs, correct = self._project(self.hidden(inputs, row, column), targets, with_correct, temperature)
         return TokenScores(log_probs, row, correct, labels.shape[0])
+
+    @torch.no_grad()
+    def truncation_log_mass(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
+        """What top-k and top-p leave to sample from at each supervised token.
+
+        Args:
+            inputs: As for a call.
+            settings: How completions were sampled.
+
+        Returns:
+            ``(N,)``, the logarithm of the share; 0 where nothing is cut off.
+        """
+        row, column = predicting(inputs["labels"])
+        if settings.top_k == 0 and settings.top_p == 1:
+            return torch.zeros(len(row), device=row.device)
+        cut = (settings.temperature, settings.top_k, settings.top_p)
+        if self.changes_logits:
+            with self._only_rows(row * inputs["labels"].shape[1] + column, keep=len(row)):
+                return truncation_log_mass(self._run(self._arguments(inputs))[0], *cut)
+        hidden = self._split(self.hidden(inputs, row, column))
+        return torch.cat([truncation_log_mass(self._head(rows), *cut) for rows in hidden])
 
     def hidden(self, inputs: dict[str, Tensor], row: Tensor, column: Tensor) -> Tensor:
         """What the output layer sees at some positions.

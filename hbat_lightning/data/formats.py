@@ -23,6 +23,7 @@ __all__ = [
     "parse_feedback",
     "parse_instructions",
     "parse_preferences",
+    "parse_prompts",
 ]
 
 
@@ -86,6 +87,9 @@ _FEEDBACK = _Kind(
 )
 
 
+_PROMPT: _Kind[Any] = _Kind("prompt", (*INSTRUCTION_FORMATS, *PREFERENCE_FORMATS, *FEEDBACK_FORMATS), True, ())
+
+
 def parse_instructions(
     rows: Sequence[RawRow], format: str | None = None
 ) -> tuple[list[InstructionRow], list[DataError], str]:
@@ -115,6 +119,11 @@ def parse_preferences(
 def parse_feedback(rows: Sequence[RawRow], format: str | None = None) -> tuple[list[FeedbackRow], list[DataError], str]:
     """Bring unpaired feedback into its canonical form; arguments, result and errors as in `parse_instructions`."""
     return _parse(rows, format, _FEEDBACK)
+
+
+def parse_prompts(rows: Sequence[RawRow], format: str | None = None) -> tuple[list[Any], list[DataError], str]:
+    """Bring data of any kind into its canonical form, for the prompts in it; otherwise as `parse_instructions`."""
+    return _parse(rows, format, _PROMPT)
 
 
 def _parse(rows: Sequence[RawRow], name: str | None, kind: _Kind[Row]) -> tuple[list[Row], list[DataError], str]:

@@ -22,6 +22,7 @@ class RowKind:
         parse: Raw rows and perhaps the name of a format -> usable rows, faults of the others, the format's name.
         encode: A row -> its encoded form; ``None`` where it was dropped for its length.
         collect: Encoded rows, their source and the pad id -> a set to train on.
+        held_out: The same for held-out rows, where they are used in another way.
         together: Whether what a row is scored on depends on the others of its micro-batch, which then must be two or more.
     """
 
@@ -30,6 +31,7 @@ class RowKind:
     encode: Callable[[Encoder, Any], Any]
     collect: Callable[[Sequence[Any], str, int], TrainingSet]
     together: bool = False
+    held_out: Callable[[Sequence[Any], str, int], TrainingSet] | None = None
 
 
 INSTRUCTIONS = RowKind("instructions", parse_instructions, Encoder.encode_instruction, InstructionSet)

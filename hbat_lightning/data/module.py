@@ -252,7 +252,9 @@ class HybridDataModule(LightningDataModule):
         for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
             encoded = self._encode(name, rows, encoder)
             self.notes.append(f"{name}: {len(encoded):,} {what} rows of {len(rows):,}")
-            sets[name] = self.kinds[name].collect(encoded, self.source(name).path, pad_id(tokenizer))
+            kind = self.kinds[name]
+            collect = kind.collect if sets is self.train_sets else kind.held_out or kind.collect
+            sets[name] = collect(encoded, self.source(name).path, pad_id(tokenizer))
         if not len(self.train_sets[name]):
             raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))

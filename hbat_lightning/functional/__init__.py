@@ -23,14 +23,32 @@ from hbat_lightning.functional.reference_losses import (
     robust_dpo_loss,
     rpo_loss,
 )
+from hbat_lightning.functional.reinforcement import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    group_advantages,
+    kl_k1,
+    kl_k3,
+    leave_one_out_advantages,
+    truncation_log_mass,
+    whiten,
+)
 
 __all__ = [
+    "clipped_policy_loss",
+    "clipped_value_loss",
     "dpo_loss",
     "effective_number",
+    "gae",
+    "group_advantages",
     "hinge_loss",
     "ipo_loss",
+    "kl_k1",
+    "kl_k3",
     "kto_loss",
     "kto_reference_point",
+    "leave_one_out_advantages",
     "linear_log_probs",
     "literal_weights",
     "log1mexp",
@@ -47,4 +65,6 @@ __all__ = [
     "simpo_loss",
     "squared_displacement",
     "token_log_probs",
+    "truncation_log_mass",
+    "whiten",
 ]

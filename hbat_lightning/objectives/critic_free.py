@@ -1,0 +1,168 @@
+"""Learning from rewards without a value function: REINFORCE with a baseline, RLOO and GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbat_lightning.data.rollouts import Rollout
+from hbat_lightning.functional import (
+    clipped_policy_loss,
+    group_advantages,
+    kl_k3,
+    leave_one_out_advantages,
+    whiten,
+)
+from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.policy import Policy
+from hbat_lightning.rewards import Reward
+from hbat_lightning.sums import Sums
+
+
+class REINFORCEModule(RolloutModule):
+    """REINFORCE (Williams 1992) with a baseline: every token of a completion has the completion's advantage.
+
+    That is its reward, less ``kl_coefficient`` times its divergence from the reference, less the mean over the cycle's
+    completions, in units of their deviation. With several passes the ratio is clipped as in PPO. The loss is a mean over
+    tokens. It is what the official Hbat script means to run: PPO without a critic.
+
+    Args:
+        reward: Scores completions.
+        settings: See :class:`RolloutModule`.
+    """
+
+    def __init__(self, reward: Reward, **settings: Any) -> None:
+        super().__init__(reward, **settings)
+
+    def describe(self) -> str:
+        """See :meth:`ObjectiveModule.describe`."""
+        return f"REINFORCE with a baseline: KL {self.kl_coefficient:g} ({self.kl_estimator}) to {self.reference}"
+
+    def settle(self, rollouts: Sequence[Rollout]) -> None:
+        """The same advantage at every token of a completion."""
+        _spread(rollouts, whiten(_penalised(self, rollouts)))
+
+    def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
+        """See :meth:`RolloutModule.losses`."""
+        losses = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
+        return {"loss": (losses.sum(), torch.tensor(len(losses), device=losses.device))}
+
+
+class RLOOModule(RolloutModule):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): the baseline is the mean of the same prompt's other completions.
+
+    A completion is one action: its ratio is that of whole completions, and the loss is a mean over completions.
+
+    Args:
+        reward: Scores completions.
+        samples: Completions of each prompt, at least 2.
+        settings: See :class:`RolloutModule`.
+    """
+
+    def __init__(self, reward: Reward, samples: int = 4, **settings: Any) -> None:
+        _require_group(samples)
+        super().__init__(reward, samples=samples, **settings)
+
+    def describe(self) -> str:
+        """See :meth:`ObjectiveModule.describe`."""
+        return f"RLOO: {self.samples} samples, KL {self.kl_coefficient:g} ({self.kl_estimator}) to {self.reference}"
+
+    def count(self, rollout: Rollout) -> int:
+        """A completion counts once."""
+        return 1
+
+    def settle(self, rollouts: Sequence[Rollout]) -> None:
+        """Rewards against the others of their prompt; every token carries its completion's."""
+        _spread(rollouts, leave_one_out_advantages(_penalised(self, rollouts).view(-1, self.samples)).flatten())
+
+    def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
+        """See :meth:`RolloutModule.losses`."""
+        row, first = _completions(inputs)
+        new, old = (_row_sums(values, row, len(first)) for values in (log_probs, inputs["old_log_probs"]))
+        losses = clipped_policy_loss(new, old, inputs["advantages"][first], self.clip)
+        return {"loss": (losses.sum(), torch.tensor(len(losses), device=losses.device))}
+
+
+class GRPOModule(RolloutModule):
+    """Group relative policy optimisation (Shao et al. 2024): rewards against their group's mean and deviation.
+
+    The divergence is no part of the reward but of the loss, by k3 under the policy that trains, with its gradient. The loss
+    is a mean over tokens, of the whole window and not of each completion first, as in DAPO (Yu et al. 2025): long answers
+    are not favoured where they are wrong.
+
+    Args:
+        reward: Scores completions.
+        samples: Completions of each prompt, at least 2.
+        scale_rewards: Divide by the group's deviation; ``false`` is Dr. GRPO (Liu et al. 2025).
+        kl_coefficient: Weight of the divergence in the loss.
+        settings: See :class:`RolloutModule`.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        samples: int = 8,
+        scale_rewards: bool = True,
+        kl_coefficient: float = 0.04,
+        **settings: Any,
+    ) -> None:
+        _require_group(samples)
+        super().__init__(reward, samples=samples, kl_coefficient=kl_coefficient, **settings)
+        self.scale_rewards = scale_rewards
+
+    def describe(self) -> str:
+        """See :meth:`ObjectiveModule.describe`."""
+        return f"GRPO: {self.samples} samples, KL {self.kl_coefficient:g} (k3, in the loss) to {self.reference}"
+
+    def settle(self, rollouts: Sequence[Rollout]) -> None:
+        """Rewards against their group's."""
+        rewards = torch.tensor([rollout.figures["shaped_reward"] for rollout in rollouts])
+        _spread(rollouts, group_advantages(rewards.view(-1, self.samples), self.scale_rewards).flatten())
+
+    def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
+        """See :meth:`RolloutModule.losses`."""
+        surrogate = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
+        divergence = kl_k3(log_probs, inputs["reference_log_probs"])
+        count = torch.tensor(len(log_probs), device=log_probs.device)
+        return {
+            "loss": ((surrogate + self.kl_coefficient * divergence).sum(), count),
+            "divergence": (divergence.sum(), count),
+        }
+
+
+def _require_group(samples: int) -> None:
+    if samples < 2:
+        raise ValueError(
+            f"samples must be at least 2, got {samples}: a completion is judged against others of its prompt"
+        )
+
+
+def _penalised(module: RolloutModule, rollouts: Sequence[Rollout]) -> Tensor:
+    """``(S,)`` rewards less what their divergence costs."""
+    return torch.tensor(
+        [
+            rollout.figures["shaped_reward"] - module.kl_coefficient * float(module.divergence(rollout).sum())
+            for rollout in rollouts
+        ]
+    )
+
+
+def _spread(rollouts: Sequence[Rollout], advantages: Tensor) -> None:
+    """Give every token of a completion the completion's advantage."""
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rollout.tokens["advantages"] = advantage.float().expand(len(rollout.completion)).clone()
+
+
+def _completions(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each of N tokens its completion ``(N,)``, and each completion's first token ``(S,)``; empty ones are left out."""
+    lengths = (inputs["labels"][:, 1:] >= 0).sum(-1)
+    lengths = lengths[lengths > 0]
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return row, lengths.cumsum(0) - lengths
+
+
+def _row_sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    return values.new_zeros(rows).index_add(0, row, values)

@@ -1,0 +1,168 @@
+"""Where rewards of sampled completions come from: a trained reward model, a classifier, or a rule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from hbat_lightning.adapters import LoraSettings
+from hbat_lightning.base_model import BaseSpec, DType, load_tokenizer
+from hbat_lightning.data.rollouts import Rollout, collate_rollouts
+from hbat_lightning.errors import UserError
+from hbat_lightning.policy import Policy
+from hbat_lightning.scalars import ScalarAdapter, last_positions
+
+HEAD_FILE = "reward_head.safetensors"
+_DEFAULT_LORA = LoraSettings()
+
+
+class Reward(nn.Module):
+    """Scores completions. Frozen: nothing here trains."""
+
+    def build(self, policy: Policy, device: torch.device) -> None:
+        """Load what it needs; the policy has its weights. Idempotent."""
+
+    @abstractmethod
+    def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+        """Rewards of some completions, ``(S,)`` fp32 on the CPU.
+
+        Args:
+            policy: The policy that sampled them, with its tokenizer.
+            rollouts: S prompts and completions; what they hold beside is not looked at.
+            device: Where models are.
+        """
+
+
+class FunctionReward(Reward):
+    """A rule or a metric: a Python function of the texts.
+
+    Args:
+        function: Takes the prompt and the completion, both without special tokens, and gives a number. In a configuration
+            its import path, such as ``my_package.my_module.my_function``.
+    """
+
+    def __init__(self, function: Callable[[str, str], float]) -> None:
+        super().__init__()
+        self.function = function
+
+    def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+        """See :meth:`Reward.score`.
+
+        Raises:
+            UserError: When the function gives something else than a finite number.
+        """
+        values = []
+        for prompt, completion in _texts(policy, rollouts):
+            value = self.function(prompt, completion)
+            if not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+                name = getattr(self.function, "__name__", type(self.function).__name__)
+                raise UserError(f"reward function {name} gave {value!r} for the completion {completion[:60]!r}")
+            values.append(float(value))
+        return torch.tensor(values)
+
+
+class AdapterReward(Reward):
+    """A reward model of :class:`~hbat_lightning.objectives.reward.RewardModule` on the policy's own base.
+
+    Args:
+        path: The ``adapter/`` folder of its run.
+        lora: The settings that it was trained with.
+    """
+
+    def __init__(self, path: str, lora: LoraSettings = _DEFAULT_LORA) -> None:
+        super().__init__()
+        self.path = path
+        self.scalar = ScalarAdapter("reward", lora, path)
+
+    def build(self, policy: Policy, device: torch.device) -> None:
+        """Add the adapter to the base.
+
+        Raises:
+            UserError: When the folder holds no reward model, or one of another base.
+        """
+        file = Path(self.path) / HEAD_FILE
+        if not file.exists():
+            raise UserError(f"{self.path} holds no {HEAD_FILE}: give the adapter/ folder of a run of RewardModule")
+        self.scalar.build(policy, device)
+        head = cast(nn.Linear, self.scalar.head)
+        head.load_state_dict(load_file(file))
+        self.requires_grad_(False)
+
+    def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+        """See :meth:`Reward.score`."""
+        inputs = {name: value.to(device) for name, value in _inputs(rollouts).items()}
+        values: Tensor = self.scalar(policy, inputs, *last_positions(inputs))
+        return values.cpu()
+
+
+class ClassifierReward(Reward):
+    """Any sequence classifier with a single output, as a model of its own with its own tokenizer.
+
+    Args:
+        model_name_or_path: A folder or a hub id that ``AutoModelForSequenceClassification`` loads with one label.
+        dtype: Storage type.
+        max_length: Longest text in tokens of its tokenizer; longer ones lose their beginning.
+        revision: Hub revision.
+    """
+
+    def __init__(
+        self, model_name_or_path: str, dtype: DType = "auto", max_length: int = 1024, revision: str | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = BaseSpec(model_name_or_path, dtype=dtype, revision=revision)
+        self.max_length = max_length
+        self.model: nn.Module | None = None
+
+    def build(self, policy: Policy, device: torch.device) -> None:
+        """Load it.
+
+        Raises:
+            UserError: When there is none to load, or it has more than one output.
+        """
+        if self.model is not None:
+            return
+        self.tokenizer = load_tokenizer(self.spec)
+        self.tokenizer.truncation_side = "left"
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.spec.name, revision=self.spec.revision, dtype=self.spec.torch_dtype
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.spec.name}: no sequence classifier could be loaded ({error})") from error
+        if model.config.num_labels != 1:
+            raise UserError(f"{self.spec.name} has {model.config.num_labels} outputs; a reward model has one")
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+        """See :meth:`Reward.score`. The texts are joined as the policy saw them, and tokenised anew."""
+        assert self.model is not None, "build() comes first"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        texts = [policy.tokenizer.decode(one.prompt + one.completion, skip_special_tokens=True) for one in rollouts]
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(device)
+        logits: Tensor = cast(Any, self.model)(**encoded).logits
+        return logits[:, 0].float().cpu()
+
+
+def _inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """Tensors of the texts alone; the pad id does not matter, since masks go by length."""
+    return collate_rollouts([Rollout(one.prompt, one.completion) for one in rollouts], pad_id=0)
+
+
+def _texts(policy: Policy, rollouts: Sequence[Rollout]) -> list[tuple[str, str]]:
+    decode = policy.tokenizer.decode
+    return [
+        (decode(one.prompt, skip_special_tokens=True).strip(), decode(one.completion, skip_special_tokens=True).strip())
+        for one in rollouts
+    ]
