@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +64,7 @@ class PlanCLI(HbatCLI):
             penalties=[one for one in callbacks if isinstance(one, ElasticWeightConsolidation)],
             precision=_precision(str(trainer.precision)),
             accumulate=trainer.accumulate_grad_batches,
+            checkpointing=model.policy.gradient_checkpointing,
             clips=bool(trainer.gradient_clip_val),
             gpu=trainer.accelerator in ("gpu", "cuda")
             or (trainer.accelerator == "auto" and CUDAAccelerator.is_available()),
@@ -78,18 +80,16 @@ def run_plan(args: list[str]) -> None:
     Raises:
         UserError: The settings do not make a run, or the base's configuration cannot be read.
     """
-    cli = _parse(args)
+    cli = parse(args)
     settings, config = cli.run_settings, cli.config
     budget = None if config.budget is None else parse_size(config.budget)
     with tqdm(desc="planning", unit=" moments", delay=5, leave=False, file=sys.stderr) as bar:
 
         def plan(options: Sequence[str] = ()) -> MemoryPlan:
-            return _plan(_parse([*args, *options]).run_settings, config.every_layer, bar)
+            return _plan(parse([*args, *options]).run_settings, config.every_layer, bar)
 
-        plans = [(_heading(settings), _plan(settings, config.every_layer, bar))]
-        other = str(not settings.module.policy.gradient_checkpointing).lower()
-        options = ["--model.policy.gradient_checkpointing", other]
-        plans.append((_heading(_parse([*args, *options]).run_settings), plan(options)))
+        choices = (settings, replace(settings, checkpointing=not settings.checkpointing))
+        plans = [(_heading(choice), _plan(choice, config.every_layer, bar)) for choice in choices]
         short = budget is not None and plans[0][1].total > budget
         found = advise(settings, plans[0][1], plan, budget) if short or config.advice else []
     print(render(_title(settings), plans))
@@ -102,6 +102,13 @@ def run_plan(args: list[str]) -> None:
     print(f"\nreport: {path}")
 
 
+def parse(args: list[str]) -> PlanCLI:
+    """Parse a command's arguments, and build model and data module, which are light."""
+    about = "Say what a run will need of memory, from the model's config.json alone, without loading weights or data."
+    args = [*args, "--seed_everything", "false"]  # nothing is drawn
+    return cast(PlanCLI, make_cli(args, run=False, cli=PlanCLI, prog="hbat plan", description=about, epilog=None))
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``24GB`` (10⁹) or ``16GiB`` (2³⁰); GB where no unit is given.
 
@@ -112,13 +119,6 @@ def parse_size(text: str) -> int:
     if found is None or found[2].upper() not in _UNITS or not float(found[1]):
         raise UserError(f"--budget is {text!r}; give a size such as 24GB, 16GiB or 800MB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _parse(args: list[str]) -> PlanCLI:
-    about = (
-        "Say what a run will need of memory, from the model's config.json alone, without loading any weights or data."
-    )
-    return cast(PlanCLI, make_cli(args, run=False, cli=PlanCLI, prog="hbat plan", description=about, epilog=None))
 
 
 def _plan(settings: RunSettings, every_layer: bool, bar: Any) -> MemoryPlan:
@@ -134,7 +134,7 @@ def _precision(given: str) -> str:
 
 
 def _heading(settings: RunSettings) -> str:
-    return "with checkpointing" if settings.module.policy.gradient_checkpointing else "without checkpointing"
+    return "with checkpointing" if settings.checkpointing else "without checkpointing"
 
 
 def _title(settings: RunSettings) -> str:

@@ -107,7 +107,7 @@ def _states(settings: RunSettings) -> Iterator[Change]:
 
 def _passes(settings: RunSettings) -> Iterator[Change]:
     data = settings.data
-    if not settings.module.policy.gradient_checkpointing:
+    if not settings.checkpointing:
         yield Change("gradient checkpointing", ("--model.policy.gradient_checkpointing", "true"))
     if settings.precision == "32-true":
         yield Change("bf16-mixed precision", ("--trainer.precision", "bf16-mixed"))

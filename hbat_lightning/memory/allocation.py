@@ -231,9 +231,12 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _accumulate(self, out: Tensor, *parts: Tensor) -> None:
         """Let a sum of gradients take the place of one of them.
 
-        The engine adds in place where nothing else holds the tensor, but never under a dispatch mode.
+        The engine adds in place where nothing else holds the tensor, as the base of a view does; but never under a
+        dispatch mode.
         """
         for part in parts:
+            if part._is_view():
+                continue
             record = self._records.get(_key(part))
             if record is not None and record.size == out.untyped_storage().nbytes() and part.shape == out.shape:
                 key = _key(out)

@@ -34,16 +34,19 @@ def build_base(
     dtype = storage_dtype(spec, config)
     arguments = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
     try:
-        with fake, no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=spec.trust_remote_code, **arguments
-            )
+        with fake:
+            with no_init_weights():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=spec.trust_remote_code, **arguments
+                )
+            model.tie_weights()  # is left out with the initialisation
     except (ValueError, ImportError) as error:
         raise UserError(f"{spec.name}: this model cannot be planned ({str(error).splitlines()[0]})") from error
     if spec.quantization != "none":
         _quantise(model, spec, dtype, fake, tracker)
-    held = [*model.parameters(), *model.buffers()]
-    tracker.adopt(held, Category.BASE)
+    for buffer in model.buffers():
+        cast(Any, buffer).constant = None  # a value that was kept all the same, with which it could not be copied
+    tracker.adopt([*model.parameters(), *model.buffers()], Category.BASE)
     return cast(PreTrainedModel, model)
 
 

@@ -45,6 +45,7 @@ class RunSettings:
         penalties: The EWC callbacks.
         precision: The Trainer's, one of :data:`PRECISIONS`.
         accumulate: Micro-batches in a window.
+        checkpointing: Whether activations are recomputed.
         clips: Whether gradients are clipped.
         gpu: Whether it runs on a GPU.
     """
@@ -55,6 +56,7 @@ class RunSettings:
     penalties: Sequence[ElasticWeightConsolidation]
     precision: str
     accumulate: int
+    checkpointing: bool
     clips: bool
     gpu: bool
 
@@ -87,6 +89,7 @@ def _fresh(settings: RunSettings) -> RunSettings:
     module = copy.copy(settings.module)
     module._modules = dict(module._modules)
     module.policy = copy.deepcopy(settings.module.policy)
+    module.policy.gradient_checkpointing = settings.checkpointing
     return replace(settings, module=module, penalties=copy.deepcopy(settings.penalties))
 
 
@@ -112,7 +115,8 @@ class _Rehearsal:
         self.optimizer = self.module.optimizer(list(self.policy.trained_parameters().values()))
         self._settle()
         for name, objective in objectives.items():
-            self._optimizer_step()  # a switch may have taken the states away; from a phase's second window on they are there
+            if not self.optimizer.state:  # taken away at the switch; from a phase's second window on they are there
+                self._optimizer_step()
             with self._moment(f"{name}: micro-batch"):
                 self._micro_batch(objective, name)
             with self._moment(f"{name}: optimizer step"):

@@ -1,0 +1,300 @@
+"""Compare ``hbat plan`` with what runs on a CPU allocate, case by case, and write the table.
+
+    python benchmarks/plan_calibration.py                 # all cases, and benchmarks/plan_calibration.md
+    python benchmarks/plan_calibration.py --only gpt2     # cases whose name holds this, printed with every moment
+
+Every case is a small run of ``hbat fit`` in a process of its own: a phase of SFT and one of DPO on rows of the full
+length, of a model with random weights. What it allocates is read from torch's profiler, which sees every allocation of
+the CPU allocator, those inside kernels too. The plan is made in another process. None of the plan's code measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from hbat_lightning.cli import HbatCLI, make_cli
+from hbat_lightning.data import embedded
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "benchmarks" / "plan_calibration.md"
+LAYERS = 8
+
+LLAMA_60M = LlamaConfig(
+    vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS, num_attention_heads=8
+)
+QWEN3 = Qwen3Config(
+    vocab_size=32000,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+GEMMA2 = Gemma2Config(
+    vocab_size=16000,
+    hidden_size=384,
+    intermediate_size=1024,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+    sliding_window=128,
+)
+GPT2 = GPT2Config(vocab_size=16000, n_embd=384, n_layer=LAYERS, n_head=6, n_positions=1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run.
+
+    Attributes:
+        name: What it shows.
+        model: Its architecture; the embedded model when not given.
+        options: Added to the command.
+        length: Tokens of the longest row.
+        batch: Rows or pairs in a micro-batch.
+        dtype: Of the weights in the file.
+    """
+
+    name: str
+    model: PretrainedConfig | None
+    options: tuple[str, ...] = ()
+    length: int = 256
+    batch: int = 2
+    dtype: torch.dtype = torch.float32
+
+
+FULL = ("--config", str(ROOT / "configs/policy/full.yaml"))
+CHECKPOINTED = ("--model.policy.gradient_checkpointing", "true")
+MIXED = ("--trainer.precision", "bf16-mixed")
+NF4 = ("--model.policy.quantization", "nf4")
+NO_EWC = ("--trainer.callbacks", "[]")
+FISHER = ("--trainer.callbacks.importance", "RunningFisher", "--trainer.callbacks.importance.per_element", "true")
+
+CASES = (
+    Case("embedded model, LoRA", None, length=200, batch=4),
+    Case("Llama 60M, LoRA", LLAMA_60M),
+    Case("Llama 60M, LoRA, checkpointing", LLAMA_60M, CHECKPOINTED),
+    Case("Llama 60M, LoRA, 1,024 tokens", LLAMA_60M, length=1024, batch=1),
+    Case("Llama 60M, LoRA, 1,024 tokens, checkpointing", LLAMA_60M, CHECKPOINTED, length=1024, batch=1),
+    Case("Llama 60M, LoRA, bf16 base, bf16-mixed", LLAMA_60M, MIXED, dtype=torch.bfloat16),
+    Case("Llama 60M, LoRA, bf16 base, 32-true", LLAMA_60M, dtype=torch.bfloat16),
+    Case("Llama 60M, LoRA, NF4", LLAMA_60M, NF4, dtype=torch.bfloat16),
+    Case(
+        "Llama 60M, LoRA, NF4, bf16-mixed, checkpointing, 1,024 tokens",
+        LLAMA_60M,
+        (*NF4, *MIXED, *CHECKPOINTED),
+        length=1024,
+        batch=1,
+        dtype=torch.bfloat16,
+    ),
+    Case("Llama 60M, LoRA, int8", LLAMA_60M, ("--model.policy.quantization", "int8"), dtype=torch.bfloat16),
+    Case("Llama 60M, full fine-tune", LLAMA_60M, FULL),
+    Case("Llama 60M, full fine-tune, no EWC", LLAMA_60M, (*FULL, *NO_EWC)),
+    Case("Llama 60M, full fine-tune, bf16-mixed, checkpointing", LLAMA_60M, (*FULL, *MIXED, *CHECKPOINTED)),
+    Case("Llama 60M, full fine-tune, Fisher per element", LLAMA_60M, (*FULL, *FISHER), length=64, batch=1),
+    Case(
+        "Llama 60M, full fine-tune, moments per objective",
+        LLAMA_60M,
+        (*FULL, "--model.optimizer_state", "per_objective"),
+        length=64,
+        batch=1,
+    ),
+    Case(
+        "Llama 60M, full fine-tune, no accumulation",
+        LLAMA_60M,
+        (*FULL, "--trainer.accumulate_grad_batches", "1"),
+        length=64,
+        batch=1,
+    ),
+    Case("Qwen3 (grouped queries, tied embeddings), LoRA", QWEN3),
+    Case("Qwen3, full fine-tune, checkpointing", QWEN3, (*FULL, *CHECKPOINTED)),
+    Case("Gemma 2 (soft-capped logits), LoRA", GEMMA2),
+    Case("GPT-2, LoRA", GPT2),
+    Case("GPT-2, LoRA, 1,024 tokens, checkpointing", GPT2, CHECKPOINTED, length=1024, batch=1),
+)
+
+
+# ---- a case as files and arguments --------------------------------------------------------------------------------
+
+
+def prepare(case: Case, folder: Path) -> list[str]:
+    """Write model and data, and hand back the arguments behind ``fit`` or ``plan``."""
+    accumulate, windows = 2, 2
+    rows = case.batch * accumulate * windows
+    arguments = ["--config", str(ROOT / "configs/hbat_dpo.yaml")]
+    for name, fields in (("instruction", ("completion",)), ("preference", ("chosen", "rejected"))):
+        train, held_out = folder / f"{name}.jsonl", folder / f"{name}-val.jsonl"
+        train.write_text("".join(lines(rows, case.length, fields)))
+        held_out.write_text("".join(lines(case.batch, case.length, fields)))
+        arguments += [f"--data.{name}.path", str(train), f"--data.{name}.val_path", str(held_out)]
+    values = {
+        "model.policy.model_name_or_path": str(write_model(case, folder)),
+        "model.schedule.rounds": 1,
+        "model.schedule.instruction_epochs": 1,
+        "model.schedule.preference_epochs": 1,
+        "data.template": "plain",
+        "data.truncation": "completion_right",
+        "data.max_length": case.length,
+        "data.batch_size": case.batch,
+        "data.val_batch_size": case.batch,
+        "trainer.accelerator": "cpu",
+        "trainer.accumulate_grad_batches": accumulate,
+        "trainer.default_root_dir": folder / "run",
+    }
+    return arguments + [part for key, value in values.items() for part in (f"--{key}", str(value))] + list(case.options)
+
+
+def lines(count: int, length: int, fields: tuple[str, ...]) -> Iterator[str]:
+    """Rows that are cut at the greatest length; every second one is short of it, so that batches are padded."""
+    for number in range(count):
+        row = {"prompt": f"Post {number % 7}"}
+        for place, field in enumerate(fields):
+            row[field] = " ".join(["hello"] * (length + 8 if (number + place) % 2 == 0 else length - 12))
+        yield json.dumps(row) + "\n"
+
+
+def write_model(case: Case, folder: Path) -> Path | str:
+    """A model with random weights, and the embedded tokenizer, whose ids any of these models has."""
+    if case.model is None:
+        return embedded.TINY_LLAMA
+    path = folder / "base"
+    with embedded.materialise(embedded.TINY_LLAMA) as source:
+        for file in Path(source).glob("*token*"):
+            path.mkdir(exist_ok=True)
+            (path / file.name).write_bytes(file.read_bytes())
+    AutoModelForCausalLM.from_config(case.model, dtype=case.dtype).save_pretrained(path)
+    return path
+
+
+# ---- what a run allocates -----------------------------------------------------------------------------------------
+
+
+class Marks(Callback):
+    """Writes into the profile where a moment begins."""
+
+    def mark(self, name: str) -> None:
+        """Begin a moment."""
+        with torch.profiler.record_function(f"moment {name}"):
+            pass
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """See the base class, as for what follows."""
+        self.mark(f"{batch.objective}: micro-batch")
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        """Gradients are there."""
+        self.mark("optimizer step")
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, loader: int = 0) -> None:
+        """Held-out rows."""
+        self.mark(f"{batch.objective}: validation")
+
+    def on_sanity_check_start(self, trainer: Any, module: Any) -> None:
+        """Before the first step."""
+        self.mark("validation")
+
+
+class MeasuredCLI(HbatCLI):
+    """The command as it is, with marks."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, Marks())
+        return trainer
+
+
+def measure(arguments: list[str]) -> dict[str, int]:
+    """Run ``fit`` under the profiler: the highest allocation of all, and of every moment."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cli = make_cli(["fit", *arguments, "--trainer.enable_progress_bar", "false"], cli=MeasuredCLI)
+    mapped = mapped_bytes(cli.model)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now, name, peaks = mapped, "loading", {"peak": 0}
+    for event in events:
+        if event.name().startswith("moment "):
+            name = event.name().removeprefix("moment ")
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            for key in ("peak", name):
+                peaks[key] = max(peaks.get(key, 0), now)
+    return peaks
+
+
+def mapped_bytes(module: torch.nn.Module) -> int:
+    """Bytes of weights that lie in a mapped file: the operating system has them in memory, and no allocator knows of it."""
+    storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in [*module.parameters(), *module.buffers()]}
+    return sum(storage.nbytes() for storage in storages.values() if storage.filename is not None)
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def run(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    """The plan and the measurement of a case, each in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="hbat-calibration-") as name:
+        folder = Path(name)
+        arguments = prepare(case, folder)
+        report = folder / "plan.json"
+        python = [sys.executable, "-W", "ignore"]
+        subprocess.run(
+            [*python, "-m", "hbat_lightning", "plan", *arguments, "--report", str(report)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        script = [*python, __file__, "--measure", json.dumps(arguments), "--report", str(folder / "measured.json")]
+        subprocess.run(script, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        return json.loads(report.read_text()), json.loads((folder / "measured.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="Only cases whose name holds this; writes no table.")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        given.report.write_text(json.dumps(measure(json.loads(given.measure))))
+        return
+    rows = ["| case | planned | measured | planned / measured |", "| --- | ---: | ---: | ---: |"]
+    for case in tqdm([case for case in CASES if given.only.lower() in case.name.lower()], desc="cases"):
+        planned, measured = run(case)
+        ratio = planned["peak"] / measured["peak"]
+        rows.append(
+            f"| {case.name} | {planned['peak'] / 1e6:,.1f} MB | {measured['peak'] / 1e6:,.1f} MB | {ratio:.3f} |"
+        )
+        tqdm.write(rows[-1])
+        if given.only:
+            moments = next(iter(planned["plans"].values()))["moments"]
+            tqdm.write(json.dumps({name: round(one["peak"] / 1e6, 1) for name, one in moments.items()}))
+            tqdm.write(json.dumps({name: round(size / 1e6, 1) for name, size in measured.items()}))
+    if not given.only:
+        TABLE.write_text(HEAD + "\n".join(rows) + "\n")
+
+
+HEAD = """# Planned and measured memory
+
+Highest number of allocated bytes in a run, as `hbat plan` says and as torch's profiler counts in the run itself.
+`python benchmarks/plan_calibration.py`, 2-core CPU, 2026-11-23. MB are 10⁶ bytes; "Llama 60M" has 8 layers of 512 and a
+vocabulary of 32,000.
+
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""``hbat plan``: against a measured run, its advice, its answers, and what it never reads."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
+
+from hbat_lightning.cli import main, make_cli
+from hbat_lightning.errors import UserError
+from hbat_lightning.memory.advice import advise, possible_changes
+from hbat_lightning.memory.allocation import Category
+from hbat_lightning.memory.plan import MemoryPlan, make_plan
+from hbat_lightning.memory.rehearsal import RunSettings
+from hbat_lightning.plan_command import parse, parse_size
+from tests.conftest import ROOT
+
+CONFIG = ["--config", str(ROOT / "configs/hbat_dpo.yaml")]
+SMALL = ["--data.max_length", "96", "--data.batch_size", "2", "--data.val_batch_size", "2"]
+FULL = ["--config", str(ROOT / "configs/policy/full.yaml")]
+TRAINED = 69_632 * 4  # bytes of the adapter on the embedded model
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+
+
+def plan(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The report of a plan."""
+    report = folder / "plan.json"
+    main(["plan", *CONFIG, *SMALL, *arguments, "--report", str(report)])
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def model_folder(folder: Path, config: PretrainedConfig) -> list[str]:
+    """A folder with a configuration and nothing else, as an option."""
+    config.save_pretrained(folder / "model")
+    return ["--model.policy.model_name_or_path", str(folder / "model")]
+
+
+def moments(report: dict[str, Any], heading: str = "without checkpointing") -> dict[str, Any]:
+    found: dict[str, Any] = report["plans"][heading]["moments"]
+    return found
+
+
+def settings(*arguments: str) -> RunSettings:
+    """What a command's arguments come to."""
+    return parse([*CONFIG, *SMALL, "--trainer.accelerator", "cpu", *arguments]).run_settings
+
+
+def parts(*arguments: str, moment: str = "preference: micro-batch") -> dict[Category, int]:
+    """What a moment's highest point consists of, without the command's other plans."""
+    made = make_plan(settings(*arguments), every_layer=False, tick=lambda name: None)
+    return next(one.peak.parts for one in made.moments if one.name == moment)
+
+
+# ---- against a run ------------------------------------------------------------------------------------------------
+
+
+def profiled_fit(arguments: list[str]) -> int:
+    """Highest number of allocated bytes of a run, by torch's profiler."""
+    gc.collect()  # what an earlier run has left would be released inside this one
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cli = make_cli(["fit", *arguments])
+    now = sum(p.untyped_storage().nbytes() for p in cli.model.parameters() if p.untyped_storage().filename)
+    peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("more", [[], FULL], ids=["LoRA", "full"])
+def test_a_small_run_needs_what_was_planned(more: list[str], tmp_path: Path) -> None:
+    arguments = [*CONFIG, *SMALL, *more]
+    for name, fields in (("instruction", ["completion"]), ("preference", ["chosen", "rejected"])):
+        path = tmp_path / f"{name}.jsonl"
+        words = [" ".join(["hello"] * length) for length in (110, 80)]
+        rows = [{"prompt": f"Post {n}", **{f: words[(n + k) % 2] for k, f in enumerate(fields)}} for n in range(11)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += [f"--data.{name}.path", str(path), f"--data.{name}.val_fraction", "0.25"]
+    arguments += ["--data.template", "plain", "--data.truncation", "completion_right", "--model.schedule.rounds", "1"]
+    arguments += ["--model.schedule.instruction_epochs", "1", "--trainer.accumulate_grad_batches", "2"]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    planned = plan(tmp_path, *arguments[len(CONFIG) + len(SMALL) :])
+    assert planned["peak"] == pytest.approx(profiled_fit(arguments), rel=0.1)
+
+
+# ---- what it says -------------------------------------------------------------------------------------------------
+
+
+def test_moments_and_parts_add_up(tmp_path: Path) -> None:
+    report = plan(tmp_path, "--trainer.accelerator", "cpu")
+    found = moments(report)
+    assert list(found)[:2] == ["loading", "first figures"]
+    assert {"instruction: micro-batch", "preference: optimizer step", "switch to instruction"} <= found.keys()
+    assert report["peak"] == max(moment["peak"] for moment in found.values())
+    for moment in found.values():
+        assert moment["peak"] == sum(moment["parts"].values())
+    highest = found["preference: micro-batch"]["parts"]
+    assert [highest[name] for name in ("adapters", "reference and anchor", "gradients")] == [TRAINED] * 3
+    assert highest["optimizer state"] == 2 * TRAINED + 28 * 4  # and a step count per tensor
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "checkpointing"),
+    [
+        (LlamaConfig(**SIZES, num_hidden_layers=6, dtype="bfloat16"), FULL, True),
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, num_hidden_layers=11, sliding_window=32), [], False),
+    ],
+    ids=["llama, full, checkpointing", "gemma2, LoRA"],
+)
+def test_few_layers_say_what_many_need(
+    config: PretrainedConfig, more: list[str], checkpointing: bool, tmp_path: Path
+) -> None:
+    options = [*model_folder(tmp_path, config), *more, "--trainer.accumulate_grad_batches", "1"]
+    run = replace(settings(*options), checkpointing=checkpointing)
+    few, every = (make_plan(run, every_layer, lambda name: None) for every_layer in (False, True))
+    assert len(few.rehearsed) == 2
+    assert every.rehearsed == (config.num_hidden_layers,)
+    peaks = {moment.name: moment.peak.total for moment in few.moments}
+    assert peaks == pytest.approx({moment.name: moment.peak.total for moment in every.moments}, rel=1e-3)
+
+
+def test_checkpointing_saves_activations_and_nothing_else(tmp_path: Path) -> None:
+    options = model_folder(tmp_path, LlamaConfig(**SIZES, num_hidden_layers=4))
+    report = plan(tmp_path, *options)
+    without = moments(report)["preference: micro-batch"]["parts"]
+    checkpointed = moments(report, "with checkpointing")["preference: micro-batch"]["parts"]
+    assert checkpointed["activations"] < 0.5 * without["activations"]
+    assert checkpointed["base weights"] == without["base weights"]
+
+
+def test_precision_and_quantisation_change_what_they_should(tmp_path: Path) -> None:
+    options = model_folder(tmp_path, LlamaConfig(**SIZES, num_hidden_layers=2, dtype="float32"))
+    plain, mixed = parts(*options), parts(*options, "--trainer.precision", "bf16-mixed")
+    assert mixed[Category.ACTIVATIONS] < 0.8 * plain[Category.ACTIVATIONS]
+    packed = parts(*options, "--model.policy.quantization", "nf4")
+    # Embedding and output layer stay; of the rest, in 16 bits beside them, four bits do.
+    ends, rest = 2 * 512 * 64, plain[Category.BASE] // 4 - 2 * 512 * 64
+    assert packed[Category.BASE] == pytest.approx(2 * ends + 0.5 * rest, rel=0.02)
+
+
+def test_an_importance_per_element_costs_tensors_of_the_trained_sizes() -> None:
+    step = {"moment": "preference: optimizer step"}
+    per_element = parts("--trainer.callbacks.importance.per_element", "true", **step)
+    assert per_element[Category.IMPORTANCE] >= 2 * TRAINED  # what is held for the phase, and its factors
+    assert parts(**step)[Category.IMPORTANCE] < 10_000
+
+
+def test_no_reference_and_no_ewc_need_no_snapshot() -> None:
+    assert Category.REFERENCE not in parts("--trainer.callbacks", "[]", "--model.preference.reference", "base")
+    assert parts("--trainer.callbacks", "[]")[Category.REFERENCE] == TRAINED
+
+
+def test_moments_per_objective_are_kept_twice() -> None:
+    both = parts("--model.optimizer_state", "per_objective")
+    assert both[Category.OPTIMIZER] == 2 * parts()[Category.OPTIMIZER]
+
+
+def test_an_objective_alone_is_planned_too(tmp_path: Path) -> None:
+    report = tmp_path / "plan.json"
+    main(["plan", "--config", str(ROOT / "configs/sft.yaml"), *SMALL, "--report", str(report)])
+    assert "preference: micro-batch" not in moments(json.loads(report.read_text()))
+
+
+# ---- answers and advice -------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = ["--config", str(ROOT / "configs/sft.yaml"), *SMALL, "--trainer.accelerator", "gpu"]
+    report = tmp_path / "plan.json"
+    main(["plan", *sft, "--report", str(report), "--budget", "24GB"])
+    assert json.loads(report.read_text())["fits"]
+    assert "fits into 24.00 GB" in capsys.readouterr().out
+    main(["plan", *sft, "--report", str(report), "--budget", "400MB"])
+    found = json.loads(report.read_text())
+    assert not found["fits"]
+    assert found["advice"]
+    assert "does not fit into 0.40 GB" in capsys.readouterr().out
+
+
+def test_advice_is_in_order_of_gain_and_its_options_do_what_they_promise(tmp_path: Path) -> None:
+    def peak(options: Sequence[str] = ()) -> MemoryPlan:
+        return make_plan(settings(*model, *options), every_layer=False, tick=lambda name: None)
+
+    model = model_folder(tmp_path, LlamaConfig(**SIZES, num_hidden_layers=2))
+    before = peak()
+    found = advise(settings(*model), before, peak, wanted=1)
+    alone, together = found[:-1], found[-1]
+    assert [one.gain for one in alone] == sorted((one.gain for one in alone), reverse=True)
+    assert all(one.gain > 0 for one in alone)
+    assert {"--data.max_length", "--model.policy.gradient_checkpointing"} <= {one.change.options[0] for one in alone}
+    assert peak(alone[0].change.options).peak == alone[0].peak == before.peak - alone[0].gain
+    assert together.gain > alone[0].gain
+
+
+def test_a_full_fine_tune_is_advised_an_adapter() -> None:
+    full = settings("--config", str(ROOT / "configs/policy/full.yaml"))
+    assert next(possible_changes(full)).options == ("--model.policy.lora.r", "16")
+    assert settings(
+        "--config", str(ROOT / "configs/policy/full.yaml"), "--model.policy.lora.r", "16"
+    ).module.policy.lora
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("16GiB", 16 * 2**30), ("8", 8 * 10**9), ("1.5 gb", 1_500_000_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "24TBs", "-3GB", "0GB", ""])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--budget"):
+        parse_size(text)
+
+
+# ---- what it reads, and mistakes ----------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    nowhere = [f"--data.{name}.path={tmp_path / 'nowhere.jsonl'}" for name in ("instruction", "preference")]
+    report = plan(tmp_path, *model_folder(tmp_path, LlamaConfig(**SIZES, num_hidden_layers=2)), *nowhere)
+    assert report["peak"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plan.json"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.policy.model_name_or_path", "/nowhere/at/all"], "no such folder"),
+        (["--trainer.precision", "bf16-true"], "bf16-true cannot be planned"),
+        (["--budget", "plenty"], "give a size such as 24GB"),
+        (["--report", "/proc/none/plan.json"], "give --report FILE"),
+    ],
+)
+def test_mistakes_end_in_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *CONFIG, *SMALL, *options])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("hbat: error:")
+    assert said in line
