@@ -41,7 +41,7 @@ OptimizerState = Literal["reset", "shared", "per_objective"]
 
 
 class AlignmentModule(LightningModule):
-    """Trains a policy on one or several objectives, one at a time, as a schedule says.
+    """Trains a policy on one or several objectives, as a schedule says.
 
     Args:
         policy: The policy; ``None`` only for an objective that serves inside a hybrid.
@@ -76,7 +76,9 @@ class AlignmentModule(LightningModule):
         self._wants_snapshot = False
         self._prepared: dict[str, str] = {}
         self._phase: PhaseKey | None = None
-        self._window = Totals()
+        self._mode: str | None = None  # the objective that the policy's dropout is set for
+        self._window: dict[str, Totals] = {}
+        self._window_loss: Tensor | float = 0.0
         self._held_out: dict[str, Totals] = {}
         self._completions = CompletionMetrics()
 
@@ -128,8 +130,8 @@ class AlignmentModule(LightningModule):
         """Refuse what cannot work, before weights are loaded."""
         if stage == "fit":
             # A second run of the same module begins anew; a checkpoint, loaded after this, will say otherwise.
-            self._phase = None
-            self._window = Totals()
+            self._phase = self._mode = None
+            self._window, self._window_loss = {}, 0.0
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
             for name, rows in self._data.train_sets.items():
@@ -197,18 +199,16 @@ class AlignmentModule(LightningModule):
         if ended is not None:
             optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
             self._optimizer_states.switch(optimizer, ended.objective, phase.objective)
-            self._retire_logged(ended.objective)
         self._phase = phase
         self.policy.take_snapshot()
-        self.policy.set_training(self.objectives[phase.objective].dropout)
+
+    def _train_mode(self, objective: str) -> None:
+        """Dropout as an objective wants it."""
+        self.policy.set_training(self.objectives[objective].dropout)
+        self._mode = objective
 
     def on_train_start(self) -> None:
-        """In a resumed run set modes again, and drop logged rows of steps that it will do again.
-
-        Modes here, and not at the start of an epoch: Lightning leaves that hook out when it goes on inside an epoch.
-        """
-        if self._phase is not None:
-            self.policy.set_training(self.objectives[self._phase.objective].dropout)
+        """In a resumed run drop logged rows of steps that it will do again."""
         for logger in self.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.forget_from(self.trainer.global_step)
@@ -218,8 +218,10 @@ class AlignmentModule(LightningModule):
         next_validation(self.trainer, self.plan, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Begin a phase, place the next validation at a switch, and seed the micro-batch."""
-        self.begin_phase(PhaseKey(batch.phase, batch.objective))
+        """Begin a phase, place the next validation at a switch, and set dropout and seed of the micro-batch."""
+        self.begin_phase(PhaseKey(batch.phase, self.plan.objective_of(batch.phase)))
+        if batch.objective != self._mode:
+            self._train_mode(batch.objective)
         # The step that loggers are told. A checkpoint taken at a validation inside an epoch holds one too few.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         next_validation(self.trainer, self.plan, batch_idx)
@@ -227,26 +229,30 @@ class AlignmentModule(LightningModule):
         torch.manual_seed(batch.seed)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """Sum of the active objective's loss, scaled so that the window's mean comes out."""
+        """Sum of the micro-batch's loss, scaled so that the window's mean comes out."""
         sums = self.objectives[batch.objective].loss(self.policy, batch.inputs)
-        self._window.add(sums)
+        loss = sums["loss"][0] * batch.scale
+        self._window.setdefault(batch.objective, Totals()).add(sums)
+        self._window_loss = self._window_loss + loss.detach() / self.trainer.accumulate_grad_batches
         if batch.last:
             self._log_window(batch)
-        return sums["loss"][0] * batch.scale
+        return loss
 
     def _log_window(self, batch: MicroBatch) -> None:
-        means = self._window.means()
-        self._window = Totals()
-        values = {f"train/{batch.objective}/{name}": value for name, value in means.items()}
+        self._retire_logged()
+        means = {objective: totals.means() for objective, totals in self._window.items()}
+        values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         values |= {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
         values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        self.log("loss", means["loss"], on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
+        self.log("loss", self._window_loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
+        self._window, self._window_loss = {}, 0.0
 
-    def _retire_logged(self, objective: str) -> None:
-        """Stop logging an objective's last values: Lightning would repeat them in every row until the epoch ends."""
+    def _retire_logged(self) -> None:
+        """Stop logging objectives that this window has not trained: Lightning would repeat them until the epoch ends."""
+        idle = tuple(f"train/{objective}/" for objective in self.objectives if objective not in self._window)
         for metric in (cast(Any, self.trainer)._results or {}).values():
-            if metric.meta.name.startswith(f"train/{objective}/"):
+            if metric.meta.name.startswith(idle):
                 metric.reset()
 
     @torch.no_grad()
@@ -262,7 +268,7 @@ class AlignmentModule(LightningModule):
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
             torch.manual_seed(seed)
             rollouts = self.objectives[objective].roll_out(self.policy, prompts, self.device)
-        self.policy.set_training(self.objectives[objective].dropout)
+        self._train_mode(objective)
         return rollouts
 
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
@@ -287,7 +293,7 @@ class AlignmentModule(LightningModule):
                 loss = self.objectives[objective].loss(self.policy, inputs)["loss"][0]
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             yield {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
-        self.policy.set_training(self.objectives[objective].dropout)
+        self._train_mode(objective)
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hbat_lightning.errors import UserError
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.optimizer_state import require_restorable
-from hbat_lightning.schedules import Plan
+from hbat_lightning.phases import BOTH, Plan
 
 
 def default_optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -53,7 +53,7 @@ def configure(
         rates: Peak learning rate of each objective's phases; the optimizer's own where ``None``.
 
     Raises:
-        UserError: When the optimizer cannot be used.
+        UserError: When the optimizer cannot be used, or objectives that share a phase have rates of their own.
     """
     optimizer = make([{"params": list(group.parameters)} for group in groups])
     require_restorable(optimizer)
@@ -62,7 +62,13 @@ def configure(
         raise UserError(
             f"optimizer.init_args.lr must be above 0, got {base}: objectives' rates are told relative to it"
         )
-    peaks = {name: 1.0 if rate is None else rate / base for name, rate in rates.items()}
+    own = [name for name, rate in rates.items() if rate is not None]
+    if plan.mixed and own:
+        raise UserError(
+            f"model.init_args.{own[0]}.init_args.lr: this schedule trains both objectives in one phase, at one rate; set it to "
+            "null, and model.init_args.optimizer.init_args.lr to the rate"
+        )
+    peaks = {BOTH: 1.0} | {name: 1.0 if rate is None else rate / base for name, rate in rates.items()}
     scheduler = LambdaLR(optimizer, _factor(plan, shape, peaks))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
+from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 
 Row = dict[str, Any]
 
@@ -17,7 +17,7 @@ _COLUMNS = (
     ("val/preference/loss", "pref. loss", "{:.3f}"),
     ("val/preference/accuracy", "pref. acc.", "{:.3f}"),
 )
-_COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e"}
+_COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e", BOTH: "#6b7280"}
 
 
 def read_switches(path: Path) -> list[Row]:

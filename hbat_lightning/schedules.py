@@ -1,95 +1,19 @@
 """Which objective trains at which optimizer step, on which shard of its data.
 
-A *phase* is one objective's stretch of optimizer steps. A *round* is one Trainer epoch. A schedule knows nothing of
-models or rows: it gets the number of windows (optimizer steps) in one pass over every shard and lays out the phases.
+A *phase* is one objective's stretch of optimizer steps; some schedules mix both objectives in a single phase. A *round* is
+one Trainer epoch. A schedule knows nothing of models or rows: it gets the number of windows (optimizer steps) in one pass
+over every shard and lays out the phases.
 """
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
-INSTRUCTION = "instruction"
-PREFERENCE = "preference"
+from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE, DrawnPhase, Part, Phase, Plan
 
-
-@dataclass(frozen=True)
-class Phase:
-    """The part of a phase that lies in one round.
-
-    Attributes:
-        index: Number of the phase in the run, from 0. Two entries share it when a phase goes on in the next round.
-        round: The Trainer epoch, from 0.
-        objective: Name of the objective that trains, ``"instruction"`` or ``"preference"``.
-        shard: Which shard of the objective's data.
-        shards: How many shards the data is cut into.
-        first_window: Where in the endless sequence of passes over the shard this part begins, in windows.
-        windows: Optimizer steps in this part.
-        offset: Optimizer steps of the same phase in earlier rounds.
-        length: Optimizer steps of the whole phase.
-    """
-
-    index: int
-    round: int
-    objective: str
-    shard: int
-    shards: int
-    first_window: int
-    windows: int
-    offset: int
-    length: int
-
-
-class Plan:
-    """All phases of a run, by round.
-
-    Args:
-        rounds: The phases of every round, in order.
-    """
-
-    def __init__(self, rounds: Sequence[Sequence[Phase]]) -> None:
-        self.rounds = [list(phases) for phases in rounds]
-        self.phases = [phase for phases in self.rounds for phase in phases]
-        self._ends = list(accumulate(phase.windows for phase in self.phases))
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self._ends[-1] if self._ends else 0
-
-    @property
-    def phase_count(self) -> int:
-        """Number of different phases of the run."""
-        return len({phase.index for phase in self.phases})
-
-    def at(self, step: int) -> tuple[Phase, int]:
-        """The phase of an optimizer step and the step's number inside the phase.
-
-        Args:
-            step: Optimizer step of the run, from 0; steps past the end belong to the last phase.
-
-        Returns:
-            The phase and the number of its steps that came before this one.
-        """
-        position = min(bisect_right(self._ends, step), len(self.phases) - 1)
-        phase = self.phases[position]
-        begin = self._ends[position] - phase.windows
-        return phase, step - begin + phase.offset
-
-    def round_ends_at(self, step: int) -> bool:
-        """Whether a round is complete after so many optimizer steps of the run."""
-        return step in accumulate(sum(phase.windows for phase in phases) for phases in self.rounds)
-
-    def ended_at(self, step: int) -> Phase | None:
-        """The last part of the phase that is complete after so many optimizer steps of the run, if one just is."""
-        if step not in self._ends:
-            return None
-        position = self._ends.index(step)
-        phase = self.phases[position]
-        return phase if phase.offset + phase.windows == phase.length else None
+__all__ = ["INSTRUCTION", "PREFERENCE", "Interval", "Phase", "Plan", "RandomMix", "Rounds", "Schedule", "Single"]
 
 
 class Schedule(ABC):
@@ -108,6 +32,14 @@ class Schedule(ABC):
         Returns:
             The phases of all ``rounds`` rounds.
         """
+
+    def slots(self, accumulate: int) -> Mapping[str, int]:
+        """How many of a window's micro-batches each objective gets in a window that it trains in.
+
+        Args:
+            accumulate: Micro-batches in a window.
+        """
+        return {INSTRUCTION: accumulate, PREFERENCE: accumulate}
 
     def describe(self) -> str:
         """A sentence for the model card."""
@@ -202,6 +134,58 @@ class Single(Schedule):
         return Plan(
             [[Phase(0, n, self.objective, 0, 1, n * steps, steps, n * steps, length)] for n in range(self.rounds)]
         )
+
+
+class RandomMix(Schedule):
+    """Draws the objective of every optimizer step anew: ALRIGHT (arXiv 2410.15483, algorithm 1).
+
+    A step trains on preferences with probability λ and on instructions otherwise, with the objective's plain gradient: on
+    average a step along that of ``(1 - λ) f_instruction + λ f_preference``. One phase holds all steps, so there is no
+    switch: moments, learning rate and the phase-start reference run through, and validation falls at the end of every
+    round. Both data sets are cycled through whole.
+
+    Args:
+        rounds: How often the figures are to be seen: Trainer epochs of ``steps`` optimizer steps.
+        steps: Optimizer steps of a round.
+        preference_probability: λ.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, rounds: int = 10, steps: int = 100, preference_probability: float = 0.5, seed: int = 0) -> None:
+        _require_positive(rounds=rounds, steps=steps)
+        if not 0 <= preference_probability <= 1:
+            raise ValueError(f"preference_probability must be in [0, 1], got {preference_probability}")
+        self.rounds, self.shards, self.steps, self.seed = rounds, 1, steps, seed
+        self.preference_probability = preference_probability
+
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        return (
+            f"RandomMix (ALRIGHT): {self.rounds} × {self.steps} optimizer steps, each on preference data with probability "
+            f"{self.preference_probability:g}, else on instruction data; data are cycled through whole"
+        )
+
+    def draw(self) -> list[str]:
+        """The objective of every step of the run, from a generator of its own."""
+        generator = random.Random(self.seed)
+        return [
+            PREFERENCE if generator.random() < self.preference_probability else INSTRUCTION
+            for _ in range(self.rounds * self.steps)
+        ]
+
+    def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
+        """See :meth:`Schedule.plan`."""
+        seen = {INSTRUCTION: 0, PREFERENCE: 0}
+        draws = []
+        for objective in self.draw():
+            draws.append(Part(objective, 0, seen[objective]))
+            seen[objective] += 1
+        rounds = []
+        for number in range(self.rounds):
+            begin = number * self.steps
+            own = tuple(draws[begin : begin + self.steps])
+            rounds.append([DrawnPhase(0, number, BOTH, 0, 1, begin, self.steps, begin, len(draws), own)])
+        return Plan(rounds)
 
 
 def _require_positive(**values: int) -> None:

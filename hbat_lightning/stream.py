@@ -1,8 +1,8 @@
 """Turns a plan and the objectives' data into whole accumulation windows.
 
 Lightning steps the optimizer after every ``accumulate_grad_batches`` micro-batches, counted from the start of the epoch.
-So each window here is exactly that many micro-batches, never of two objectives; a short last window of a pass is split
-over all of its slots, and a slot that stays empty carries one row without labels.
+So each window here is exactly that many micro-batches, of two objectives only where the schedule says so; a short last
+window of a pass is split over all of its slots, and a slot that stays empty carries one row without labels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
-from hbat_lightning.schedules import Phase, Plan, Schedule
+from hbat_lightning.phases import Part, Phase, Plan
+from hbat_lightning.schedules import Schedule
 from hbat_lightning.switches import PhaseKey
 
 
@@ -30,7 +31,8 @@ class MicroBatch(NamedTuple):
         inputs: Tensors of the objective's collation.
         objective: Name of the objective.
         scale: Factor for a *sum* of losses over this micro-batch, such that Lightning's mean over the window's
-            micro-batches is the mean over all units (supervised tokens, pairs) of the window.
+            micro-batches is the mean over all units (supervised tokens, pairs) of the window; where a window holds two
+            objectives, the weighted sum of their means.
         phase: Index of the phase in the run.
         round: The round.
         step: Optimizer step inside the phase.
@@ -188,6 +190,7 @@ class WindowStream:
         seed: int,
     ) -> None:
         self.data, self.batch_size, self.accumulate, self.seed = dict(data), batch_size, accumulate, seed
+        self.slots = schedule.slots(accumulate)
         self.shards = {name: make_shards(rows, name, schedule.shards, seed) for name, rows in self.data.items()}
         self.plan: Plan = schedule.plan(
             {
@@ -262,7 +265,7 @@ class WindowStream:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides which rows a position means."""
         rows = {f"{name} rows": f"{len(data)} ({data.digest})" for name, data in self.data.items()}
-        rounds = [[(phase.objective, phase.shard, phase.windows) for phase in phases] for phases in self.plan.rounds]
+        rounds = [[phase.order for phase in phases] for phases in self.plan.rounds]
         plan = hashlib.blake2b(repr(rounds).encode(), digest_size=8).hexdigest()
         return {
             "batch_size": self.batch_size,
@@ -276,18 +279,22 @@ class WindowStream:
         rows = self.data[objective]
         return rows.cycle if isinstance(rows, SampledSet) else Cycle()
 
+    def _window_size(self, objective: str) -> int:
+        """Rows of an objective in a window."""
+        return self.batch_size * self.slots[objective]
+
     def _windows_per_pass(self, objective: str, rows: int) -> int:
         """Windows in one pass over a shard; sampled rows are trained on several times in it."""
-        return -(-rows // (self.batch_size * self.accumulate)) * self._cycle(objective).passes
+        return -(-rows // self._window_size(objective)) * self._cycle(objective).passes
 
-    def _place(self, phase: Phase, step: int) -> _Place:
+    def _place(self, part: Part) -> _Place:
         """Where a window stands: which cycle of which pass over its shard, and which rows are its own."""
-        shard, cycle = self.shards[phase.objective][phase.shard], self._cycle(phase.objective)
-        size = self.batch_size * self.accumulate
-        epoch, number = divmod(phase.first_window + step, self._windows_per_pass(phase.objective, len(shard)))
+        shard, cycle = self.shards[part.objective][part.shard], self._cycle(part.objective)
+        size = self._window_size(part.objective)
+        epoch, number = divmod(part.window, self._windows_per_pass(part.objective, len(shard)))
         turn, inside = divmod(number, cycle.windows * cycle.passes)
         # Named by shard and pass, not by round or phase: an objective meets its rows in one order, alone or in a hybrid.
-        name = (self.seed, phase.objective, phase.shard, epoch)
+        name = (self.seed, part.objective, part.shard, epoch)
         order = permutation(len(shard), *name)[turn * cycle.windows * size : (turn + 1) * cycle.windows * size]
         rows = [shard[place] for place in order]
         repeat, window = divmod(inside, -(-len(rows) // size))
@@ -295,40 +302,47 @@ class WindowStream:
         own = [rows[place] for place in again[window * size : (window + 1) * size]]
         return _Place("/".join(map(str, (*name[1:], turn))), rows, own)
 
-    def _slots(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """A window's rows, split over its micro-batches."""
-        cuts = [len(rows) * slot // self.accumulate for slot in range(self.accumulate + 1)]
+    def _split(self, objective: str, rows: Sequence[int]) -> list[Sequence[int]]:
+        """A window's rows of an objective, split over its micro-batches."""
+        slots = self.slots[objective]
+        cuts = [len(rows) * slot // slots for slot in range(slots + 1)]
         return [rows[begin:end] for begin, end in pairwise(cuts)]
 
-    def _sample(self, data: SampledSet, phase: Phase, place: _Place) -> None:
+    def _sample(self, data: SampledSet, phase: Phase, objective: str, place: _Place) -> None:
         """Have the samples of a cycle at hand, grouped as its first pass groups them."""
-        size = self.batch_size * self.accumulate
+        size = self._window_size(objective)
         windows = [place.cycle[begin : begin + size] for begin in range(0, len(place.cycle), size)]
-        groups = [part for window in windows for part in self._slots(window) if part]
+        groups = [part for window in windows for part in self._split(objective, window) if part]
         key = PhaseKey(phase.index, phase.objective)
         # A cycle that a phase has cut off is sampled anew in the next: the policy has been trained on other things since.
         data.sample(key, f"{phase.index}/{place.key}", groups, stable_seed(self.seed, place.key, "samples"))
 
     def _window(self, phase: Phase, step: int) -> list[MicroBatch]:
-        data, place = self.data[phase.objective], self._place(phase, step)
+        """A window's micro-batches; those of two objectives take turns."""
+        shares = [self._share(phase, step, part) for part in phase.parts(step)]
+        window = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+        return [*window[:-1], window[-1]._replace(last=True)]
+
+    def _share(self, phase: Phase, step: int, part: Part) -> list[MicroBatch]:
+        """The micro-batches of one objective in a window."""
+        data, place = self.data[part.objective], self._place(part)
         if isinstance(data, SampledSet):
-            self._sample(data, phase, place)
-        scale = self.accumulate / max(1, sum(data.units(row) for row in place.rows))
-        window = []
-        for slot, part in enumerate(self._slots(place.rows)):
-            window.append(
-                MicroBatch(
-                    inputs=data.collate(part) if part else data.blank(),
-                    objective=phase.objective,
-                    scale=scale,
-                    phase=phase.index,
-                    round=phase.round,
-                    step=phase.offset + step,
-                    last=slot == self.accumulate - 1,
-                    seed=stable_seed(self.seed, phase.objective, phase.shard, phase.first_window + step, slot),
-                )
+            self._sample(data, phase, part.objective, place)
+        # Lightning divides by all micro-batches of the window, whoever's they are.
+        scale = part.weight * self.accumulate / max(1, sum(data.units(row) for row in place.rows))
+        return [
+            MicroBatch(
+                inputs=data.collate(rows) if rows else data.blank(),
+                objective=part.objective,
+                scale=scale,
+                phase=phase.index,
+                round=phase.round,
+                step=phase.offset + step,
+                last=False,
+                seed=stable_seed(self.seed, part.objective, part.shard, part.window, slot),
             )
-        return window
+            for slot, rows in enumerate(self._split(part.objective, place.rows))
+        ]
 
 
 class _Place(NamedTuple):

@@ -21,6 +21,7 @@ from hbat_lightning.cli import HbatCLI, main, make_cli
 from hbat_lightning.data import embedded
 from hbat_lightning.hub import CONVERTED
 from hbat_lightning.objectives.pairwise import PairwiseModule, ReferencePairwiseModule
+from hbat_lightning.schedules import Rounds
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -144,7 +145,7 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
     """All as it stands but model, data, device and folder; of several passes over the instructions one is made."""
     run = tmp_path / "run"
     options = [*layers(name), *tiny_model(), *small_data(name, tmp_path), *CPU]
-    if len(sources(name)) == 2:
+    if len(sources(name)) == 2 and isinstance(parsed(name).model.schedule, Rounds):
         options += ["--model.init_args.schedule.init_args.instruction_epochs", "1"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(run)]
     main(["fit", *options, *quiet, "--trainer.max_steps", "2"])

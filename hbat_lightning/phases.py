@@ -1,0 +1,159 @@
+"""A run as a sequence of phases, and what each of its windows holds."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+INSTRUCTION = "instruction"
+PREFERENCE = "preference"
+BOTH = "both"
+"""What a phase trains whose windows are of either objective, or of both at once."""
+
+
+class Part(NamedTuple):
+    """One objective's share of a window.
+
+    Attributes:
+        objective: Name of the objective.
+        shard: Which shard of its data.
+        window: Number of the window in the endless sequence of passes over the shard.
+        weight: Weight of the objective's mean loss in the window's loss.
+    """
+
+    objective: str
+    shard: int
+    window: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The part of a phase that lies in one round.
+
+    Attributes:
+        index: Number of the phase in the run, from 0. Two entries share it when a phase goes on in the next round.
+        round: The Trainer epoch, from 0.
+        objective: Name of the objective that trains; :data:`BOTH` where no single one does.
+        shard: Which shard of the objective's data.
+        shards: How many shards the data is cut into.
+        first_window: Where in the endless sequence of passes over the shard this part begins, in windows.
+        windows: Optimizer steps in this part.
+        offset: Optimizer steps of the same phase in earlier rounds.
+        length: Optimizer steps of the whole phase.
+    """
+
+    index: int
+    round: int
+    objective: str
+    shard: int
+    shards: int
+    first_window: int
+    windows: int
+    offset: int
+    length: int
+
+    @property
+    def mixed(self) -> bool:
+        """Whether both objectives train in this phase: a change between them is no switch then."""
+        return False
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """What decides which data its windows hold, in plain types."""
+        return (self.objective, self.shard, self.windows)
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """What a window holds.
+
+        Args:
+            step: The window in this part of the phase, from 0.
+        """
+        return [Part(self.objective, self.shard, self.first_window + step)]
+
+
+@dataclass(frozen=True)
+class DrawnPhase(Phase):
+    """Every window is of one objective, drawn beforehand.
+
+    Attributes:
+        draws: Per window what it holds.
+    """
+
+    draws: tuple[Part, ...]
+
+    @property
+    def mixed(self) -> bool:
+        """See :attr:`Phase.mixed`."""
+        return True
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """See :attr:`Phase.order`."""
+        return (*super().order, *(part.objective for part in self.draws))
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """See :meth:`Phase.parts`."""
+        return [self.draws[step]]
+
+
+class Plan:
+    """All phases of a run, by round.
+
+    Args:
+        rounds: The phases of every round, in order.
+    """
+
+    def __init__(self, rounds: Sequence[Sequence[Phase]]) -> None:
+        self.rounds = [list(phases) for phases in rounds]
+        self.phases = [phase for phases in self.rounds for phase in phases]
+        self._ends = list(accumulate(phase.windows for phase in self.phases))
+        self._objectives = {phase.index: phase.objective for phase in self.phases}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def phase_count(self) -> int:
+        """Number of different phases of the run."""
+        return len({phase.index for phase in self.phases})
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some phase trains both objectives."""
+        return any(phase.mixed for phase in self.phases)
+
+    def objective_of(self, index: int) -> str:
+        """What the phase of this number trains."""
+        return self._objectives[index]
+
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase of an optimizer step and the step's number inside the phase.
+
+        Args:
+            step: Optimizer step of the run, from 0; steps past the end belong to the last phase.
+
+        Returns:
+            The phase and the number of its steps that came before this one.
+        """
+        position = min(bisect_right(self._ends, step), len(self.phases) - 1)
+        phase = self.phases[position]
+        begin = self._ends[position] - phase.windows
+        return phase, step - begin + phase.offset
+
+    def round_ends_at(self, step: int) -> bool:
+        """Whether a round is complete after so many optimizer steps of the run."""
+        return step in accumulate(sum(phase.windows for phase in phases) for phases in self.rounds)
+
+    def ended_at(self, step: int) -> Phase | None:
+        """The last part of the phase that is complete after so many optimizer steps of the run, if one just is."""
+        if step not in self._ends:
+            return None
+        position = self._ends.index(step)
+        phase = self.phases[position]
+        return phase if phase.offset + phase.windows == phase.length else None
