@@ -96,16 +96,22 @@ def test_programs_need_what_the_profiler_sees(program: Callable[[], None]) -> No
     assert planned_peak(program) == pytest.approx(profiled_peak(program), rel=0.03)
 
 
-def test_sums_of_gradients_take_the_place_of_one_of_them() -> None:
-    size = 10_000
+def _two_uses() -> None:
+    start = torch.ones(10_000, requires_grad=True)
+    middle = start * 2
+    ((middle * 3).sum() + (middle * 5).sum()).backward()
 
-    def program() -> None:
-        start = torch.empty(size, requires_grad=True)
-        middle = start * 2
-        (middle * 3 + middle * 5).sum().backward()
 
-    # start, middle's two gradients and one more on the way: with a third for their sum it would be a tensor more.
-    assert planned_peak(program) == pytest.approx(profiled_peak(program), abs=200)
+def _log_sums() -> None:
+    torch.logsumexp(torch.ones(100, 1000), -1)
+
+
+@pytest.mark.parametrize(("program", "tensors"), [(_two_uses, 4 * 10_000), (_log_sums, 2 * 100_000)])
+def test_sums_in_place_and_work_inside_kernels(program: Callable[[], None], tensors: int) -> None:
+    # Twice the same number with two gradients, whose sum takes the place of one of them, beside start and middle; and
+    # with the exponentials beside the values.
+    assert planned_peak(program) == pytest.approx(tensors * F32, rel=0.01)
+    assert planned_peak(program) == pytest.approx(profiled_peak(program), rel=0.01)
 
 
 def test_blocks_are_rounded_up() -> None:
