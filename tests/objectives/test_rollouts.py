@@ -1,0 +1,353 @@
+"""Learning from sampled completions: what the first ratio is, what a window's loss is, and how a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hbat_lightning import DataSource, GenerationSettings, HybridDataModule, LoraSettings
+from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
+from hbat_lightning.data import embedded
+from hbat_lightning.objectives.critic_free import GRPOModule, REINFORCEModule, RLOOModule
+from hbat_lightning.objectives.ppo import PPOModule
+from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.rewards import FunctionReward
+from hbat_lightning.schedules import Interval, Rounds
+from tests.support import Recorder, Run, same_bits
+
+SAMPLING = GenerationSettings(max_new_tokens=6, temperature=1.0)
+LORA = LoraSettings(r=4, alpha=8)
+
+
+def letters(prompt: str, completion: str) -> float:
+    """A reward that differs from completion to completion."""
+    return len(set(completion)) / 10 + 0.01 * (len(prompt) % 7)
+
+
+def make(kind: type[RolloutModule], **settings: Any) -> RolloutModule:
+    defaults: dict[str, Any] = {"sampling": SAMPLING, "lr": 5e-3}
+    if kind is PPOModule:
+        defaults |= {"value": LORA, "passes": 1}
+    if kind in (RLOOModule, GRPOModule):
+        defaults |= {"samples": 3}
+    return kind(FunctionReward(letters), **(defaults | settings))
+
+
+KINDS = [PPOModule, REINFORCEModule, RLOOModule, GRPOModule]
+
+
+@pytest.fixture
+def train(make_hybrid: Any, make_policy: Any, fit: Any) -> Callable[..., Run]:
+    """A hybrid of SFT and an objective on rollouts."""
+
+    def run(objective: RolloutModule, *callbacks: Any, policy: Any = None, **trainer: Any) -> Run:
+        schedule = trainer.pop("schedule", Interval(2, 2, 4))
+        data = HybridDataModule(
+            DataSource(embedded.INSTRUCTION, limit=24, val_fraction=0.1),
+            DataSource(embedded.PREFERENCE, limit=24, val_fraction=0.1),
+            batch_size=2,
+        )
+        return fit(
+            make_hybrid(policy or make_policy(), preference=objective, schedule=schedule),
+            *callbacks,
+            data=data,
+            **({"accumulate_grad_batches": 2} | trainer),
+        )
+
+    return run
+
+
+# ---- the phase start --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({}, "32-true"),
+        ({}, "bf16-mixed"),
+        ({"quantization": "nf4", "gradient_checkpointing": True}, "32-true"),
+        ({"quantization": "nf4", "gradient_checkpointing": True}, "bf16-mixed"),
+    ],
+    ids=["fp32", "bf16-mixed", "nf4", "nf4 bf16-mixed"],
+)
+def test_ratio_is_one_and_divergence_zero_at_every_phase_start(
+    kind: Any, settings: Any, precision: str, train: Any, make_policy: Any
+) -> None:
+    run = train(make(kind, rollout_windows=2), policy=make_policy(**settings), precision=precision)
+    firsts = run.first_preference_rows()
+    assert len(firsts) == 2
+    for row in firsts:
+        assert row["train/preference/ratio"] == 1.0
+        assert row["train/preference/kl"] == 0.0
+        assert row["train/preference/clipped"] == 0.0
+    ratios = run.log.column("train/preference/ratio")
+    assert any(ratio != 1.0 for ratio in ratios)  # the second window of a cycle: the policy has moved since
+    assert any(value != 0.0 for value in run.log.column("train/preference/kl"))
+
+
+def test_the_reference_of_a_phase_is_the_policy_that_instruction_training_left(train: Any) -> None:
+    """Were it taken after the first rollouts, or from the run's start, the divergence could not be zero there."""
+    run = train(make(REINFORCEModule, reference="base"))
+    firsts = run.first_preference_rows()
+    assert firsts[0]["train/preference/ratio"] == 1.0
+    assert firsts[1]["train/preference/kl"] != 0.0  # the base has not been through the first round
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_s_gradient_does_not_depend_on_its_split(kind: Any, make_policy: Any, fit: Any) -> None:
+    """The same rollouts, in micro-batches of other sizes."""
+    found = []
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        objective = make(kind, sampling=GenerationSettings(max_new_tokens=6, temperature=1e-3))  # as good as greedy
+        objective.policy = make_policy(double=True)
+        recorder = Recorder()
+        data = HybridDataModule(
+            preference=DataSource(embedded.PREFERENCE, limit=4, val_fraction=0.0), batch_size=batch_size
+        )
+        fit(objective, recorder, data=data, accumulate_grad_batches=accumulate, max_steps=1, gradient_clip_val=None)
+        found.append(recorder.gradients[0])
+    assert any(bool(value.abs().max() > 0) for value in found[0].values()) or kind in (RLOOModule, GRPOModule)
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.allclose(other[name], value, rtol=1e-6, atol=1e-9), name
+
+
+def rows_of(inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, slice]]:
+    """Ids and labels of every completion, unpadded, and where its tokens stand among all of them."""
+    mask, begin, rows = inputs["attention_mask"].bool(), 0, []
+    for ids, labels, keep in zip(inputs["input_ids"], inputs["labels"], mask, strict=True):
+        count = int((labels[1:] != -100).sum())
+        rows.append((ids[keep], labels[keep], slice(begin, begin + count)))
+        begin += count
+    return rows
+
+
+def log_probs_by_hand(policy: Any, ids: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    logits = policy.model(input_ids=ids.unsqueeze(0)).logits[0, :-1] / temperature
+    kept = labels[1:] != -100
+    return torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), ids[1:]][kept]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_and_losses_are_the_written_formulas(kind: Any, make_policy: Any) -> None:
+    """On rollouts of the objective's own, after the policy has moved away from them."""
+    temperature = 0.8
+    policy = make_policy(double=True)
+    torch.manual_seed(0)
+    policy.build(torch.device("cpu"))
+    objective = make(kind, sampling=GenerationSettings(max_new_tokens=6, temperature=temperature), kl_coefficient=0.3)
+    objective.build(policy, torch.device("cpu"))
+    policy.double()
+    policy.add_snapshots(["phase_start"])
+    shake(policy, 0.03)
+    objective._stop = policy.tokenizer.eos_token_id
+    data = HybridDataModule(preference=DataSource(embedded.PREFERENCE, limit=3, val_fraction=0.0))
+    data.expect({"preference": objective})
+    data.load("preference", policy.tokenizer, seed=0)
+    rows = data.train_sets["preference"]
+    rows.answer_with(lambda phase, prompts, seed: objective.roll_out(policy, prompts, torch.device("cpu")))
+    with torch.no_grad():
+        rows.sample(None, "key", [[0, 1], [2]], 0)
+    inputs = rows.collate([0, 1, 2])
+    completions = rows_of(inputs)
+    old = [log_probs_by_hand(policy, ids, labels, temperature).detach() for ids, labels, _ in completions]
+    assert torch.allclose(inputs["old_log_probs"], torch.cat(old), rtol=1e-9)
+
+    policy.train(False)
+    shake(policy, 0.05, seed=3)
+    new = [log_probs_by_hand(policy, ids, labels, temperature) for ids, labels, _ in completions]
+    advantages = [inputs["advantages"][place] for _, _, place in completions]
+    reference = [inputs["reference_log_probs"][place] for _, _, place in completions]
+    if kind is RLOOModule:
+        terms = []
+        for one, other, advantage in zip(new, old, advantages, strict=True):
+            ratio = (one.sum() - other.sum()).exp()
+            terms.append(torch.maximum(-advantage[0] * ratio, -advantage[0] * ratio.clamp(0.8, 1.2)))
+        truth = torch.stack(terms).mean()
+    else:
+        one, other, advantage = torch.cat(new), torch.cat(old), torch.cat(advantages)
+        ratio = (one - other).exp()
+        truth = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).mean()
+    if kind is GRPOModule:
+        shift = torch.cat(reference) - torch.cat(new)
+        truth = truth + 0.3 * (shift.exp() - shift - 1).mean()
+    if kind is PPOModule:
+        truth = truth + 0.1 * value_loss_by_hand(objective, policy, inputs)
+    sums = objective.loss(policy, inputs)
+    loss = sums["loss"][0] / sums["loss"][1]
+    trained = list(policy.trained_parameters().values())
+    rounding = 1e-6 if kind is PPOModule else 1e-8  # values are in fp32
+    assert torch.allclose(loss, truth, rtol=rounding)
+    for mine, theirs in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(truth, trained), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-10)
+
+
+def value_loss_by_hand(objective: Any, policy: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """With a head that says something, from transformers' own hidden states under PEFT's own switch of adapters."""
+    torch.nn.init.normal_(objective.value.head.weight, generator=torch.Generator().manual_seed(0))
+    policy.model.set_adapter("value")
+    parts = []
+    for ids, labels, place in rows_of(inputs):
+        hidden = policy.model(input_ids=ids.unsqueeze(0), output_hidden_states=True).hidden_states[-1][0, :-1]
+        values = (hidden.float() @ objective.value.head.weight.float().T + objective.value.head.bias.float())[:, 0]
+        values, target = values[labels[1:] != -100], inputs["returns"][place]
+        old = inputs["old_values"][place]
+        near = old + (values - old).clamp(-0.2, 0.2)
+        parts.append(0.5 * torch.maximum((values - target) ** 2, (near - target) ** 2))
+    policy.model.set_adapter("default")
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_(".default." in name or ".value." in name)
+    return torch.cat(parts).mean()
+
+
+@torch.no_grad()
+def shake(policy: Any, noise: float, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.trained_parameters().values():
+        parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_it_goes_on_bit_identical_from_inside_a_cycle(
+    kind: Any, quantization: str, train: Any, make_policy: Any, tmp_path: Path
+) -> None:
+    def run(folder: str, ckpt_path: Path | None = None, **trainer: Any) -> Run:
+        torch.rand(7 if ckpt_path else 3)  # another process would have another random state
+        dropout = LoraSettings(r=4, alpha=8, dropout=0.1)
+        return train(
+            make(kind, rollout_windows=2, passes=2, whiten_rewards=True),
+            ElasticWeightConsolidation(2.0),
+            WindowCheckpoint(1, str(tmp_path / folder)),
+            policy=make_policy(lora=dropout, quantization=quantization),
+            schedule=Interval(2, 2, 6),
+            enable_checkpointing=True,
+            ckpt_path=ckpt_path,
+            **trainer,
+        )
+
+    whole = run("whole")
+    last = tmp_path / "parts" / "last.ckpt"
+    parts = []
+    for stop in (2 + 3, 8 + 2 + 2):  # the third window of a cycle of four; the second phase's second
+        parts.append(run("parts", last if parts else None, max_steps=stop))
+    rest = run("parts", last)
+    assert rest.trainer.global_step == whole.trainer.global_step == 16
+    assert same_bits(whole.weights, rest.weights)
+    for name in ("loss", "reward", "kl", "ratio"):
+        pieces = [value for part in (*parts, rest) for value in part.log.column(f"train/preference/{name}")]
+        assert pieces == whole.log.column(f"train/preference/{name}"), name
+    if kind is PPOModule:
+        own = [dict(run.module.named_parameters()) for run in (whole, rest)]
+        for name, value in own[0].items():
+            if ".value." in name:
+                assert torch.equal(value, own[1][name]), name
+
+
+def test_value_parameters_train_in_preference_phases_only_and_ewc_leaves_them_alone(train: Any) -> None:
+    objective = make(PPOModule)
+    ewc = ElasticWeightConsolidation(1.0)
+    states: list[tuple[str, dict[str, Tensor]]] = []
+
+    class Watch(Recorder):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch.last:
+                own = {n: p.detach().clone() for n, p in pl_module.named_parameters() if ".value." in n}
+                states.append((batch.objective, own))
+
+    run = train(objective, Watch(), ewc, schedule=Interval(2, 3, 3))
+    assert any(name.endswith("value.head.weight") for name in states[0][1])
+    assert any(".lora_A.value." in name for name in states[0][1])
+    moved = [
+        any(not torch.equal(before[name], after[name]) for name in after)
+        for (_, before), (_, after) in pairwise(states)
+    ]
+    trained = [objective for objective, _ in states[1:]]
+    assert all(not one for one, name in zip(moved, trained, strict=True) if name == "instruction")
+    assert any(one for one, name in zip(moved, trained, strict=True) if name == "preference")
+    assert all(".value." not in name for held in ewc.state_dict()["held_for"].values() for name in held)
+    assert all(".value." not in name for name in run.module.policy.trained_parameters())
+
+
+def test_statistics_of_rewards_survive_a_switch(train: Any) -> None:
+    objective = make(REINFORCEModule, whiten_rewards=True)
+    run = train(objective)
+    rewards = run.log.column("train/preference/reward")
+    sizes = [4, 4, 4, 4, 4, 2, 4, 4]  # 22 prompts, four in a window, and after the sixth window from the beginning
+    assert objective.state()["rewards"]["count"] == sum(sizes)
+    assert objective.state()["rewards"]["mean"] == pytest.approx(np.average(rewards, weights=sizes), rel=1e-6)
+
+
+def test_truncated_sampling_is_reported(train: Any) -> None:
+    cut = GenerationSettings(max_new_tokens=6, temperature=1.0, top_k=5)
+    gaps = train(make(REINFORCEModule, sampling=cut)).log.column("train/preference/truncation")
+    assert all(gap > 0 for gap in gaps)
+    plain = train(make(REINFORCEModule)).log.column("train/preference/truncation")
+    assert set(plain) == {0.0}
+
+
+def test_held_out_prompts_are_completed_greedily(train: Any) -> None:
+    run = train(make(RLOOModule))
+    module = run.module
+    prompts = run.data.val_sets["preference"].rows
+    greedy, stop = GenerationSettings(max_new_tokens=6), module.policy.tokenizer.eos_token_id
+    answers = [
+        module.policy.generate(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), greedy, stop, 0)[0]
+        for ids in prompts
+    ]
+    decode = module.policy.tokenizer.decode
+    truth = [
+        letters(decode(ids, skip_special_tokens=True).strip(), decode(answer, skip_special_tokens=True).strip())
+        for ids, answer in zip(prompts, answers, strict=True)
+    ]
+    assert run.log.column("val/preference/reward")[-1] == pytest.approx(np.mean(truth), rel=1e-6)
+
+
+def test_one_epoch_trains_on_every_prompt_as_often_as_it_has_passes(make_policy: Any, fit: Any) -> None:
+    objective = make(REINFORCEModule, rollout_windows=2, passes=3, policy=make_policy())
+    recorder = Recorder()
+    data = HybridDataModule(preference=DataSource(embedded.PREFERENCE, limit=13, val_fraction=0.0), batch_size=2)
+    run = fit(objective, recorder, data=data, accumulate_grad_batches=2)
+    assert run.trainer.global_step == 4 * 3  # ceil(13 / 4) windows, three times
+    prompts = [tuple(ids[labels == -100].tolist()) for window in recorder.windows for batch in window
+               for ids, labels, _ in rows_of(batch.inputs) if (labels != -100).any()]  # fmt: skip
+    counts = {prompt: prompts.count(prompt) for prompt in prompts}
+    assert len(counts) == 13
+    assert set(counts.values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling": GenerationSettings(6, 0.0)}, "temperature must be above 0"),
+        ({"rollout_windows": 0}, "at least 1"),
+        ({"clip": 0.0}, "clip above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(REINFORCEModule, **settings)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="samples must be at least 2, got 1"):
+        make(RLOOModule, samples=1)
+
+
+def test_rounds_over_shards_sample_each_prompt_once_per_epoch(train: Any) -> None:
+    run = train(make(REINFORCEModule), schedule=Rounds(2, 1, 1))
+    assert run.trainer.global_step == run.module.plan.total_steps
