@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule
-from hbat_lightning.errors import UserError
+from hbat_lightning.callbacks.importance import ImportanceCallback
 from hbat_lightning.functional import effective_number
-from hbat_lightning.importance import DriftImportance, Importance, ImportanceWeights, ProportionalWeights
-from hbat_lightning.stream import MicroBatch
-from hbat_lightning.switches import PhaseCallback, PhaseKey
+from hbat_lightning.importance import Importance, ImportanceWeights, ProportionalWeights, Tensors
+from hbat_lightning.switches import PhaseKey
 
 
-class ElasticWeightConsolidation(PhaseCallback):
+class ElasticWeightConsolidation(ImportanceCallback):
     r"""Holds, while one objective trains, the parameters that the other has just moved (Hbat, arXiv 2406.15178).
 
     At the start of a phase the parameters are the anchor :math:`\theta^*`, and every trained tensor gets a factor
@@ -47,14 +45,16 @@ class ElasticWeightConsolidation(PhaseCallback):
     ) -> None:
         if strength < 0:
             raise ValueError(f"strength must not be negative, got {strength}")
+        super().__init__(importance)
         self.strength = strength
-        self.importance = importance or DriftImportance()
         self.weights = weights or ProportionalWeights()
-        self._objective: str | None = None
-        self._held_for: dict[str, dict[str, Tensor]] = {}
         self._factors: dict[str, Tensor | float] = {}
         self._effective = 0.0
-        self._units = 0.0
+
+    @property
+    def active(self) -> bool:
+        """See :attr:`ImportanceCallback.active`."""
+        return self.strength > 0
 
     def describe(self) -> str:
         """See :meth:`PhaseCallback.describe`."""
@@ -65,35 +65,11 @@ class ElasticWeightConsolidation(PhaseCallback):
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the phase-start snapshot, and forget an earlier run; a checkpoint is loaded after this."""
-        if stage == "fit":
-            self._objective, self._held_for = None, {}
-            self.importance.reset()
-            _owner(pl_module).keep_phase_start()
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move what a checkpoint brought to the device, and rebuild the factors from it."""
-        self._held_for = {
-            objective: {name: value.to(pl_module.device) for name, value in tensors.items()}
-            for objective, tensors in self._held_for.items()
-        }
-        self._set_factors()
-
     def on_switch(self, trainer: Trainer, module: AlignmentModule, ended: PhaseKey | None, begun: PhaseKey) -> None:
-        """Add up what the ended phase did, and weigh what the beginning one must hold."""
-        gradients: Iterator[dict[str, Tensor]] = iter(())
-        if ended is not None and self.importance.samples:
-            gradients = module.row_gradients(ended, self.importance.samples)
-        self.weigh(module, None if ended is None else ended.objective, begun.objective, gradients)
+        """See :meth:`ImportanceCallback.on_switch`; tells what is held."""
+        super().on_switch(trainer, module, ended, begun)
         if self._factors:
             self._warn(module, begun)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        """Note how many units the window has, for Fisher information."""
-        self._units = trainer.accumulate_grad_batches / batch.scale
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -102,7 +78,7 @@ class ElasticWeightConsolidation(PhaseCallback):
         """Add the pull to the gradients, and log it."""
         if self.strength == 0:
             return
-        values = self.pull(_owner(pl_module))
+        values = self.pull(self.owner(pl_module))
         pl_module.log_dict(
             {f"ewc/{name}": value for name, value in values.items()} | {"ewc/effective_tensors": self._effective},
             on_step=True,
@@ -116,11 +92,10 @@ class ElasticWeightConsolidation(PhaseCallback):
     def pull(self, module: AlignmentModule) -> dict[str, Tensor]:
         """Show the task's gradients to the importance, then add the pull to them; returns what is logged of it."""
         trained = module.policy.trained_parameters()
-        gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
-        self.importance.observe(gradients, self._units)
+        gradients = self.observe(trained)
         if not self._factors:
             return {"penalty": torch.zeros(()), "pull_norm": torch.zeros(())}
-        return self._pull(trained, gradients, _anchors(module))
+        return self._pull(trained, gradients, self.anchors(module))
 
     def _pull(
         self, trained: dict[str, torch.nn.Parameter], gradients: dict[str, Tensor], anchors: dict[str, Tensor]
@@ -137,33 +112,8 @@ class ElasticWeightConsolidation(PhaseCallback):
 
     # ---- switches -------------------------------------------------------------------------------------------------
 
-    def weigh(
-        self, module: AlignmentModule, ended: str | None, begun: str, gradients: Iterator[dict[str, Tensor]]
-    ) -> None:
-        """Credit the ended phase, and set the factors of the one that begins.
-
-        Args:
-            module: The module that alternates.
-            ended: The objective whose phase has ended; ``None`` at the start of the run.
-            begun: The objective whose phase begins.
-            gradients: Of single rows of the ended phase, where the importance wants them.
-        """
-        if ended is not None and self.strength > 0:
-            self._credit(module, ended, gradients)
-        self._objective = begun
-        self._set_factors()
-
-    @torch.no_grad()
-    def _credit(self, module: AlignmentModule, ended: str, gradients: Iterator[dict[str, Tensor]]) -> None:
-        """Add what the ended phase moved to what every other objective must hold."""
-        trained = {name: parameter.detach() for name, parameter in module.policy.trained_parameters().items()}
-        new = self.importance.measure(_anchors(module), trained, gradients)
-        for objective in module.objectives:
-            if objective != ended:
-                self._held_for[objective] = self.importance.accumulate(self._held_for.get(objective), new)
-
-    def _set_factors(self) -> None:
-        importance = self._held_for.get(self._objective or "")
+    def protect(self, importance: Tensors | None) -> None:
+        """Set the factors of the phase in hand."""
         self._factors, self._effective = {}, 0.0
         if importance is None or self.strength == 0:
             return
@@ -189,35 +139,6 @@ class ElasticWeightConsolidation(PhaseCallback):
                 f"{where}: a phase of one optimizer step starts and ends at its anchor, where the penalty is zero; "
                 "give phases more steps"
             )
-
-    # ---- state ----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Importance per objective, what the phase in hand has shown, and whose phase it is."""
-        return {
-            "objective": self._objective,
-            "held_for": self._held_for,
-            "importance": self.importance.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's state; :meth:`on_fit_start` moves it to the device."""
-        self._objective = state_dict["objective"]
-        self._held_for = state_dict["held_for"]
-        self.importance.load_state_dict(state_dict["importance"])
-
-
-def _owner(module: LightningModule) -> AlignmentModule:
-    if not isinstance(module, AlignmentModule):
-        raise UserError(f"ElasticWeightConsolidation needs a module of hbat_lightning, not {type(module).__name__}")
-    return module
-
-
-def _anchors(module: AlignmentModule) -> dict[str, Tensor]:
-    anchors = module.policy.snapshot("phase_start")
-    if anchors is None:
-        raise UserError("the policy was built without a phase-start snapshot: give the callback to the first Trainer")
-    return anchors
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
