@@ -100,6 +100,27 @@ class DrawnPhase(Phase):
         return [self.draws[step]]
 
 
+@dataclass(frozen=True)
+class JointPhase(Phase):
+    """Every window holds both objectives; each goes through its data on its own.
+
+    Attributes:
+        weights: Per objective the weight of its mean loss, in the order in which their micro-batches take turns.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    @property
+    def mixed(self) -> bool:
+        """See :attr:`Phase.mixed`."""
+        return True
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """See :meth:`Phase.parts`."""
+        number = self.first_window + step
+        return [Part(objective, self.shard, number, weight) for objective, weight in self.weights]
+
+
 class Plan:
     """All phases of a run, by round.
 

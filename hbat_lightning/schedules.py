@@ -11,9 +11,21 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE, DrawnPhase, Part, Phase, Plan
+from hbat_lightning.errors import UserError
+from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE, DrawnPhase, JointPhase, Part, Phase, Plan
 
-__all__ = ["INSTRUCTION", "PREFERENCE", "Interval", "Phase", "Plan", "RandomMix", "Rounds", "Schedule", "Single"]
+__all__ = [
+    "INSTRUCTION",
+    "PREFERENCE",
+    "Interval",
+    "Joint",
+    "Phase",
+    "Plan",
+    "RandomMix",
+    "Rounds",
+    "Schedule",
+    "Single",
+]
 
 
 class Schedule(ABC):
@@ -186,6 +198,65 @@ class RandomMix(Schedule):
             own = tuple(draws[begin : begin + self.steps])
             rounds.append([DrawnPhase(0, number, BOTH, 0, 1, begin, self.steps, begin, len(draws), own)])
         return Plan(rounds)
+
+
+class Joint(Schedule):
+    r"""Trains both objectives in every optimizer step, on one loss.
+
+    .. math:: L = w_\mathrm{instruction} L_\mathrm{instruction} + w_\mathrm{preference} L_\mathrm{preference}
+
+    each a mean over its own units in the window (tokens, pairs). With PPO this is SFT+ppo of the Hbat paper; with texts in
+    the place of answers it is RLHF+pt, InstructGPT's PPO-ptx (Ouyang et al. 2022, eq. 2); with DPO it is Mix of
+    arXiv 2410.15483. One phase holds all steps, so there is no switch.
+
+    The micro-batches of a window take turns, instructions first: of an odd number they get one more. A round is a pass
+    over the preference data, and instruction data are cycled through beside it.
+
+    Args:
+        instruction_weight: Weight of the instruction loss.
+        preference_weight: Weight of the preference loss.
+        epochs: Passes over the preference data.
+    """
+
+    def __init__(self, instruction_weight: float = 1.0, preference_weight: float = 1.0, epochs: int = 1) -> None:
+        _require_positive(epochs=epochs)
+        if instruction_weight <= 0 or preference_weight <= 0:
+            raise ValueError(
+                f"weights must be above 0, got {instruction_weight} and {preference_weight}: to train one objective alone use "
+                "its own module"
+            )
+        self.weights = {INSTRUCTION: instruction_weight, PREFERENCE: preference_weight}
+        self.rounds, self.shards = epochs, 1
+
+    def slots(self, accumulate: int) -> Mapping[str, int]:
+        """See :meth:`Schedule.slots`.
+
+        Raises:
+            UserError: When a window has no room for both.
+        """
+        if accumulate < len(self.weights):
+            raise UserError(
+                "a window of the schedule Joint holds micro-batches of both objectives: set trainer.accumulate_grad_batches to "
+                f"at least {len(self.weights)}, and halve data.init_args.batch_size in exchange"
+            )
+        return {name: len(range(turn, accumulate, len(self.weights))) for turn, name in enumerate(self.weights)}
+
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        loss = " + ".join(f"{weight:g} × {name} loss" for name, weight in self.weights.items())
+        return (
+            f"Joint: every optimizer step on {loss}; {self.rounds} × the preference data, instruction data are cycled"
+        )
+
+    def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
+        """See :meth:`Schedule.plan`."""
+        steps, weights = windows[PREFERENCE][0], tuple(self.weights.items())
+        return Plan(
+            [
+                [JointPhase(0, number, BOTH, 0, 1, number * steps, steps, number * steps, self.rounds * steps, weights)]
+                for number in range(self.rounds)
+            ]
+        )
 
 
 def _require_positive(**values: int) -> None:
