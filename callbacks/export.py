@@ -8,14 +8,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from hbat_lightning.alignment import AlignmentModule
-from hbat_lightning.model_card import ADAPTER, MODEL, Training, describe_method, write_card
+from hbat_lightning.model_card import Training, describe_method, write_card
 from hbat_lightning.trainer_checks import is_dry_run
 
 
 class PolicyExport(Callback):
     """At the end of training, writes ``adapter/`` (LoRA: a PEFT folder) or ``model/`` (full fine-tune) into the run folder.
 
-    A model card stands beside the weights.
+    A model card stands beside the weights, and whatever an objective adds to them.
     """
 
     @rank_zero_only
@@ -25,9 +25,10 @@ class PolicyExport(Callback):
             return
         folder, callbacks = self.folder(trainer, pl_module), trainer.callbacks  # type: ignore[attr-defined]
         pl_module.policy.export(folder)
+        notes = [note for objective in pl_module.objectives.values() for note in objective.export(folder)]
         method = describe_method(pl_module, callbacks)
         training = Training(pl_module.origin, trainer.global_step, Path(trainer.default_root_dir), method)
-        write_card(folder, MODEL if pl_module.policy.lora is None else ADAPTER, training)
+        write_card(folder, pl_module.policy.weights, training, notes)
 
     @staticmethod
     def folder(trainer: Trainer, module: AlignmentModule) -> Path:

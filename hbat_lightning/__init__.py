@@ -6,15 +6,22 @@ quiet.quieten_imports()
 
 # ruff: noqa: E402
 from hbat_lightning.adapters import LoraSettings
+from hbat_lightning.classifier import ClassifierPolicy
 from hbat_lightning.data.module import DataSource, HybridDataModule
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.hybrid import HybridAlignmentModule
 from hbat_lightning.objectives import (
+    ClassifierRewardModule,
     DPOModule,
+    GRPOModule,
     HingeModule,
     IPOModule,
     KTOModule,
     ORPOModule,
+    PPOModule,
+    REINFORCEModule,
+    RewardModule,
+    RLOOModule,
     RobustDPOModule,
     RPOModule,
     RRHFModule,
@@ -26,8 +33,11 @@ from hbat_lightning.policy import Policy
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifierPolicy",
+    "ClassifierRewardModule",
     "DPOModule",
     "DataSource",
+    "GRPOModule",
     "GenerationSettings",
     "HingeModule",
     "HybridAlignmentModule",
@@ -36,9 +46,13 @@ __all__ = [
     "KTOModule",
     "LoraSettings",
     "ORPOModule",
+    "PPOModule",
     "Policy",
+    "REINFORCEModule",
+    "RLOOModule",
     "RPOModule",
     "RRHFModule",
+    "RewardModule",
     "RobustDPOModule",
     "SFTModule",
     "SimPOModule",

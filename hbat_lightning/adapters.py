@@ -34,7 +34,9 @@ class LoraSettings:
     target_modules: str | list[str] = "all-linear"
 
 
-def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, base_name: str) -> PeftModel:
+def attach_adapter(
+    model: Any, lora: LoraSettings, adapter_path: str | None, base_name: str, task: str = "CAUSAL_LM"
+) -> PeftModel:
     """Freeze a model and give it an adapter that trains, in fp32.
 
     Args:
@@ -42,6 +44,7 @@ def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, bas
         lora: Rank, scale, dropout and layers.
         adapter_path: A PEFT folder to take the weights from; new ones when not given.
         base_name: What an exported adapter names as its base.
+        task: What PEFT calls the kind of model; of some kinds a new output layer trains as well.
 
     Raises:
         UserError: When no layer matches, or the folder does not fit.
@@ -49,7 +52,7 @@ def attach_adapter(model: Any, lora: LoraSettings, adapter_path: str | None, bas
     model.requires_grad_(False)
     try:
         adapted = get_peft_model(
-            model, _config(lora), autocast_adapter_dtype=True
+            model, _config(lora, task), autocast_adapter_dtype=True
         )  # fp32: small steps do not move bf16
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
@@ -123,13 +126,13 @@ def active_adapters(layers: Sequence[BaseTunerLayer], active: list[str]) -> Iter
             layer._active_adapter = names
 
 
-def _config(lora: LoraSettings) -> LoraConfig:
+def _config(lora: LoraSettings, task: str = "CAUSAL_LM") -> LoraConfig:
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
 
 
@@ -151,7 +154,7 @@ def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings, nam
             f"adapter_path {folder} was trained on {saved.base_model_name_or_path}, whose layers have other sizes than those "
             "of policy.init_args.model_name_or_path: give the same base"
         ) from error
-    missing = [name for name in result.missing_keys if ".lora_" in name]
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]  # not of other adapters
     if missing or result.unexpected_keys:
         raise UserError(
             f"adapter_path {folder} does not fit this base or these target_modules: "

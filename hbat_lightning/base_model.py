@@ -16,6 +16,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -140,6 +141,48 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
         require_quantised(model, spec)
         keep_differentiable(model)
         _let_go_of_files(model)
+    return cast(PreTrainedModel, model)
+
+
+def load_classifier(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase, new_output: bool = False) -> PreTrainedModel:
+    """Load a sequence classifier with a single output.
+
+    Args:
+        spec: What to load; not quantised.
+        tokenizer: Its tokenizer. Where the model names no pad token, it is the tokenizer's, or else eos.
+        new_output: Whether the files may be without an output layer, which then is a random one.
+
+    Raises:
+        UserError: When it cannot be loaded, or it has another number of outputs, or none.
+    """
+    _require_present(spec)
+    arguments: dict[str, Any] = {"num_labels": 1} if new_output else {}
+    if spec.attn_implementation is not None:
+        arguments["attn_implementation"] = spec.attn_implementation
+    with _folder(spec.name) as folder:
+        try:
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                dtype=spec.torch_dtype,
+                output_loading_info=True,
+                **arguments,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = _first_line(error)
+            raise UserError(f"{spec.name}: no sequence classifier could be loaded ({reason}). {_REMEDY}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"{spec.name} has {model.config.num_labels} outputs; a reward model has one")
+    if found["missing_keys"] and not new_output:
+        missing = sorted(found["missing_keys"])[0]
+        raise UserError(
+            f"{spec.name} has no output layer of a classifier ({missing} is missing): give a trained reward model"
+        )
+    model.config._name_or_path = model.name_or_path = spec.name
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return cast(PreTrainedModel, model)
 
 

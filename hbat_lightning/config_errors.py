@@ -26,6 +26,8 @@ _VALUE = re.compile(
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (.*)|has no attribute '(\w+)'|(Import path) does not corres"
 )
+_NO_MODULE = re.compile(r"No module named '([^']+)'")
+_NO_FUNCTION = re.compile(r"Unexpected import object")
 _ASIDES = ("Does not validate", "Subtypes:", "Errors:", "Expected a path but", "Given value")
 
 
@@ -101,9 +103,14 @@ def _fault(said: str, path: list[str], owner: str, value: str) -> str | None:
         return _unknown_key(".".join([*path, option[1]]), option[1], owner)
     if value == "None" and path[-1:] == ["lora"]:
         return f"{_plain_key(path)} cannot be null on the command line: add --config configs/policy/full.yaml"
+    if no_module := _NO_MODULE.search(said):
+        remedy = "install it, or put PYTHONPATH=FOLDER before the command"
+        return f"{_plain_key(path)}: {value!r} cannot be imported, there is no module {no_module[1]}: {remedy}"
+    if _NO_FUNCTION.search(said):
+        return f"{_plain_key(path)}: {value!r} is neither a function nor a class"
     if no_class := _NO_CLASS.search(said):
         name = no_class[1] or no_class[2] or value
-        return f"{_plain_key(path)}: {name!r} is no class that fits here; give its full path, as package.module.Class"
+        return f"{_plain_key(path)}: {name!r} is no class or function that fits here; give its full path, package.module.Name"
     if (kind := _TYPE.match(said)) and "NoneType" not in kind[1]:
         return f"{'.'.join(path)} is {kind[2] or value!r}; it should be {_described(kind[1])}".replace("''", "'")
     return None if said.startswith("Expected") else f"{'.'.join(path)}: {said}".removeprefix(": ")[:300]

@@ -25,6 +25,7 @@ from hbat_lightning.data.module import pad_id
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import decoding
 from hbat_lightning.model_card import ADAPTER, MODEL, RECORD, Training, describe_method, read_record, write_card
+from hbat_lightning.objectives import BradleyTerryModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.run_folder import find_checkpoint
 
@@ -111,6 +112,10 @@ class _Export:
         merges = config.form == "merged"
         quantised_otherwise = policy.lora is not None and merging.spec_of_files(policy.spec) != policy.spec
         refusals = [
+            (
+                isinstance(self.module, BradleyTerryModule),
+                "hbat export writes language models; a reward model is whole in the run's adapter/ or model/ folder",
+            ),
             (config.output is None, "give --output FOLDER"),
             (config.prompts < 0, f"--prompts is {config.prompts}; give 0 or more"),
             (

@@ -38,11 +38,13 @@ class Weights:
         what: In words.
         library: The library that loads them, as the hub calls it.
         loading: Python code that does; ``{base}`` stands for the base's name.
+        pipeline: What the model is for, as the hub calls it.
     """
 
     what: str
     library: str
     loading: str
+    pipeline: str = "text-generation"
 
 
 _TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
@@ -58,6 +60,21 @@ MODEL = Weights(
     "transformers",
     "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     f'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n{_TOKENIZER}',
+)
+CLASSIFIER_ADAPTER = Weights(
+    "A LoRA adapter (PEFT) of a sequence classifier with one output, a reward model",
+    "peft",
+    "from peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+    'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)\n'
+    f'model = PeftModel.from_pretrained(base, "FOLDER")\n{_TOKENIZER}',
+    "text-classification",
+)
+CLASSIFIER = Weights(
+    "A sequence classifier with one output, a reward model",
+    "transformers",
+    "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+    f'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n{_TOKENIZER}',
+    "text-classification",
 )
 
 
@@ -119,7 +136,7 @@ def _metadata(weights: Weights, origin: dict[str, Any]) -> ModelCardData:
         base_model=base if _is_on_hub(base) else None,
         datasets=sorted(set(sources)) or None,
         library_name=weights.library,
-        pipeline_tag="text-generation",
+        pipeline_tag=weights.pipeline,
         tags=["hbat-lightning", _PAPER, *origin["data"]],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,9 @@ class Objective(Protocol):
 
     def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
         """Answer prompts, in evaluation mode and without a graph: for every prompt its rollouts, in the same grouping."""
+
+    def export(self, folder: Path) -> Sequence[str]:
+        """Add to an exported policy what belongs to the result beside it; sentences on it for the model card."""
 
     def state(self) -> dict[str, Any]:
         """What must survive in a checkpoint beside parameters, in plain types and tensors."""

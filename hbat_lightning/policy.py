@@ -28,6 +28,7 @@ from hbat_lightning.base_model import (
 )
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings, complete
+from hbat_lightning.model_card import ADAPTER, MODEL, Weights
 from hbat_lightning.scoring import CausalScorer, TokenScores
 
 Reference = Literal["phase_start", "initial", "base"]
@@ -55,6 +56,8 @@ class Policy(nn.Module):
         attn_implementation: Passed on to transformers.
         trust_remote_code: Run code that comes with the model.
     """
+
+    task = "CAUSAL_LM"  # as PEFT calls the kind of model
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class Policy(nn.Module):
             self.model = model
             model.requires_grad_(True)
         else:
-            self.model = attach_adapter(model, self.lora, self.adapter_path, self.spec.name)
+            self.model = attach_adapter(model, self.lora, self.adapter_path, self.spec.name, self.task)
             self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
             self._size += sum(parameter.numel() for parameter in self.trained_parameters().values())
         if self.gradient_checkpointing:
@@ -383,6 +386,11 @@ class Policy(nn.Module):
             B lists of token ids, each with its stop token if it stopped, without padding.
         """
         return complete(self._model, input_ids, attention_mask, settings, stop_token_id, pad_token_id)
+
+    @property
+    def weights(self) -> Weights:
+        """What kind of weights an export of it holds."""
+        return MODEL if self.lora is None else ADAPTER
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write what was trained where plain peft (LoRA) or transformers (full fine-tune) can load it, and the tokenizer."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from hbat_lightning.adapters import LoraSettings
-from hbat_lightning.base_model import BaseSpec, DType, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, DType, load_classifier, load_tokenizer
+from hbat_lightning.classifier import logits_of
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
+from hbat_lightning.data.sets import pad_left
 from hbat_lightning.errors import UserError
+from hbat_lightning.model_card import read_record
 from hbat_lightning.policy import Policy
 from hbat_lightning.scalars import ScalarAdapter, last_positions
 
 HEAD_FILE = "reward_head.safetensors"
+PAD = 0  # which id fills up does not matter, since masks go by length
 _DEFAULT_LORA = LoraSettings()
 
 
@@ -90,10 +93,22 @@ class AdapterReward(Reward):
         file = Path(self.path) / HEAD_FILE
         if not file.exists():
             raise UserError(f"{self.path} holds no {HEAD_FILE}: give the adapter/ folder of a run of RewardModule")
+        self._require_base(policy)
         self.scalar.build(policy, device)
         head = cast(nn.Linear, self.scalar.head)
         head.load_state_dict(load_file(file))
         self.requires_grad_(False)
+
+    def _require_base(self, policy: Policy) -> None:
+        """Refuse an adapter of another base, or of the same one in another precision: its rewards would be other ones."""
+        record = read_record(Path(self.path))
+        saved = None if record is None else record["policy"]
+        if saved is not None and saved["base_fingerprint"] != policy.base_fingerprint:
+            raise UserError(
+                f"{self.path} was trained on {saved['base']} with quantization {saved['quantization']}, which are not the "
+                f"weights of {policy.spec.name} with quantization {policy.spec.quantization}: train the reward model on "
+                "the policy's base"
+            )
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
         """See :meth:`Reward.score`."""
@@ -110,54 +125,62 @@ class ClassifierReward(Reward):
         dtype: Storage type.
         max_length: Longest text in tokens of its tokenizer; longer ones lose their beginning.
         revision: Hub revision.
+        policy_tokens: Show it the policy's tokens as they are, special ones and stop token too, instead of the text: right
+            for a result of :class:`~hbat_lightning.objectives.reward.ClassifierRewardModule` with the policy's tokenizer.
     """
 
     def __init__(
-        self, model_name_or_path: str, dtype: DType = "auto", max_length: int = 1024, revision: str | None = None
+        self,
+        model_name_or_path: str,
+        dtype: DType = "auto",
+        max_length: int = 1024,
+        revision: str | None = None,
+        policy_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.spec = BaseSpec(model_name_or_path, dtype=dtype, revision=revision)
-        self.max_length = max_length
+        self.max_length, self.policy_tokens = max_length, policy_tokens
         self.model: nn.Module | None = None
 
     def build(self, policy: Policy, device: torch.device) -> None:
         """Load it.
 
         Raises:
-            UserError: When there is none to load, or it has more than one output.
+            UserError: When there is none to load, it has more than one output, or its tokens are not the policy's.
         """
         if self.model is not None:
             return
         self.tokenizer = load_tokenizer(self.spec)
         self.tokenizer.truncation_side = "left"
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.spec.name, revision=self.spec.revision, dtype=self.spec.torch_dtype
+        if self.policy_tokens and self.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise UserError(
+                f"{self.spec.name} has another vocabulary than {policy.spec.name}: leave policy_tokens out, and it reads texts"
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.spec.name}: no sequence classifier could be loaded ({error})") from error
-        if model.config.num_labels != 1:
-            raise UserError(f"{self.spec.name} has {model.config.num_labels} outputs; a reward model has one")
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        model: nn.Module = load_classifier(self.spec, self.tokenizer)
         self.model = model.to(device).eval().requires_grad_(False)
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
-        """See :meth:`Reward.score`. The texts are joined as the policy saw them, and tokenised anew."""
+        """See :meth:`Reward.score`."""
         assert self.model is not None, "build() comes first"
+        inputs = self._own_tokens(rollouts) if self.policy_tokens else self._texts(policy, rollouts)
+        return logits_of(self.model, {name: value.to(device) for name, value in inputs.items()}).cpu()
+
+    def _own_tokens(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        rows = [(one.prompt + one.completion)[-self.max_length :] for one in rollouts]
+        return pad_left(rows, PAD)
+
+    def _texts(self, policy: Policy, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """The texts as the policy saw them but for special tokens, tokenised anew."""
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         texts = [policy.tokenizer.decode(one.prompt + one.completion, skip_special_tokens=True) for one in rollouts]
-        encoded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(device)
-        logits: Tensor = cast(Any, self.model)(**encoded).logits
-        return logits[:, 0].float().cpu()
+        encoded = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-    """Tensors of the texts alone; the pad id does not matter, since masks go by length."""
-    return collate_rollouts([Rollout(one.prompt, one.completion) for one in rollouts], pad_id=0)
+    """Tensors of the texts alone."""
+    return collate_rollouts([Rollout(one.prompt, one.completion) for one in rollouts], PAD)
 
 
 def _texts(policy: Policy, rollouts: Sequence[Rollout]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ line that tells the user which field of which row is wrong.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -72,13 +73,18 @@ class InstructionRow:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """Two answers to the same prompt, of which the first is preferred."""
+    """Two answers to the same prompt, of which the first is preferred.
+
+    Attributes:
+        margin: By how much, where the data say so: reward models then keep this distance between the two.
+    """
 
     source: str
     number: int
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float = 0.0
 
     @property
     def answers(self) -> tuple[str, str]:
@@ -212,7 +218,7 @@ def preference_row(row: RawRow, prompt: tuple[Message, ...], chosen: str, reject
     """A prompt with two answers that differ."""
     if chosen == rejected:
         raise fault(row, "the chosen and the rejected answer are equal", "Remove the row: it prefers nothing")
-    return PreferenceRow(row.source, row.number, checked_prompt(row, prompt), chosen, rejected)
+    return PreferenceRow(row.source, row.number, checked_prompt(row, prompt), chosen, rejected, read_margin(row))
 
 
 def feedback_row(row: RawRow, prompt: tuple[Message, ...], completion: str, desirable: bool) -> FeedbackRow:
@@ -263,6 +269,20 @@ def read_choice(row: RawRow, value: Any, column: str, first: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in known:
         raise fault(row, f"{column!r} is {value!r}, {first} or {first + 1} was expected")
     return known[cast("int | str", value)]
+
+
+def read_margin(row: RawRow) -> float:
+    """The number in the column `margin`, which may be absent, null or empty; tables give it as text."""
+    value = row.values.get("margin")
+    if value is None or value == "":
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise fault(row, f"'margin' is {value!r}, a number was expected", "Repair it, or rename the column")
+    return margin
 
 
 def read_verdict(row: RawRow, columns: tuple[str, ...]) -> bool:

@@ -145,7 +145,7 @@ class TLDR(Format[InstructionRow]):
 class Preference(Format[PreferenceRow]):
     """An explicit prompt with two answers, each as text, message or messages."""
 
-    name, columns = "preference", "prompt (or instruction, question), chosen, rejected (and input, system)"
+    name, columns = "preference", "prompt (or instruction, question), chosen, rejected (and input, system, margin)"
 
     def matches(self, columns: frozenset[str], first: RawRow) -> bool:
         return {"chosen", "rejected"} <= columns and not columns.isdisjoint(_PROMPT_COLUMNS)
@@ -165,7 +165,7 @@ class Preference(Format[PreferenceRow]):
 class ShareGPTPreference(Format[PreferenceRow]):
     """A conversation that ends with the user, and two answers to it."""
 
-    name, columns = "sharegpt_preference", "conversations, chosen, rejected (and system)"
+    name, columns = "sharegpt_preference", "conversations, chosen, rejected (and system, margin)"
 
     def matches(self, columns: frozenset[str], first: RawRow) -> bool:
         return {"conversations", "chosen", "rejected"} <= columns
@@ -181,7 +181,7 @@ class ShareGPTPreference(Format[PreferenceRow]):
 class Transcripts(Format[PreferenceRow]):
     """HH-RLHF: two whole conversations that share everything but the last answer."""
 
-    name, columns = "transcripts", "chosen, rejected"
+    name, columns = "transcripts", "chosen, rejected (and margin)"
 
     def matches(self, columns: frozenset[str], first: RawRow) -> bool:
         return {"chosen", "rejected"} <= columns and columns.isdisjoint((*_PROMPT_COLUMNS, "conversations"))

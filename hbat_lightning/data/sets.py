@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import DataError
 from hbat_lightning.scoring import IGNORE
 from hbat_lightning.stream import MicroBatch, TrainingSet
@@ -101,14 +101,17 @@ class PreferenceSet:
     """Pairs of a chosen and a rejected completion of one prompt.
 
     Args:
-        rows: Encoded (chosen, rejected) pairs.
+        rows: Encoded pairs.
         source: Where they come from, for messages.
         pad_id: Fills up short rows.
     """
 
-    def __init__(self, rows: Sequence[tuple[Encoded, Encoded]], source: str, pad_id: int) -> None:
+    def __init__(self, rows: Sequence[EncodedPair], source: str, pad_id: int) -> None:
         self.rows, self.source, self.pad_id = list(rows), source, pad_id
-        self.digest = _digest(side for pair in self.rows for side in pair)
+        self.digest = _digest(side for pair in self.rows for side in (pair.chosen, pair.rejected))
+        if any(pair.margin for pair in self.rows):
+            margins = " ".join(repr(pair.margin) for pair in self.rows)
+            self.digest = hashlib.blake2b((self.digest + margins).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -119,14 +122,19 @@ class PreferenceSet:
         return 1
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` ``(2B, T)``, chosen first, then rejected; ``index`` ``(B,)``."""
+        """``input_ids``, ``attention_mask``, ``labels`` ``(2B, T)``, chosen first, then rejected.
+
+        And ``margin`` ``(B,)`` fp32, ``index`` ``(B,)``.
+        """
         pairs = [self.rows[row] for row in rows]
-        sides = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-        return pad_right(sides, self.pad_id) | {"index": torch.tensor(rows)}
+        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        margins = torch.tensor([pair.margin for pair in pairs])
+        return pad_right(sides, self.pad_id) | {"margin": margins, "index": torch.tensor(rows)}
 
     def blank(self) -> dict[str, Tensor]:
         """One pair without labels."""
-        return pad_right([_without_labels(side) for side in self.rows[0]], self.pad_id) | {"index": torch.tensor([-1])}
+        sides = [_without_labels(side) for side in (self.rows[0].chosen, self.rows[0].rejected)]
+        return pad_right(sides, self.pad_id) | {"margin": torch.zeros(1), "index": torch.tensor([-1])}
 
 
 class FeedbackSet:

@@ -46,6 +46,20 @@ class Encoded:
     prompt_length: int
 
 
+class EncodedPair(NamedTuple):
+    """Two answers behind the same prompt.
+
+    Attributes:
+        chosen: The preferred one.
+        rejected: The other one.
+        margin: By how much, as in the data.
+    """
+
+    chosen: Encoded
+    rejected: Encoded
+    margin: float = 0.0
+
+
 class Ids(NamedTuple):
     """Ids with, for each, whether it is supervised."""
 
@@ -141,8 +155,8 @@ class Encoder:
         fitted = self.fit(row, self.draft(row))
         return None if fitted is None else fitted[0]
 
-    def encode_preference(self, row: PreferenceRow) -> tuple[Encoded, Encoded] | None:
-        """Encode a pair as (chosen, rejected), both behind the same prompt ids.
+    def encode_preference(self, row: PreferenceRow) -> EncodedPair | None:
+        """Encode a pair, both answers behind the same prompt ids.
 
         Returns:
             The pair, or `None` where the truncation policy drops it. A pair that becomes equal by truncation is dropped
@@ -152,7 +166,7 @@ class Encoder:
             DataError: As for `encode_instruction`, or the two answers give the same ids.
         """
         fitted = self.fit(row, self.draft(row))
-        return None if fitted is None else (fitted[0], fitted[1])
+        return None if fitted is None else EncodedPair(fitted[0], fitted[1], row.margin)
 
     def encode_feedback(self, row: FeedbackRow) -> tuple[Encoded, bool] | None:
         """Encode an answer as (its ids behind the prompt, whether it is desirable).

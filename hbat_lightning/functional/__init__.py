@@ -34,8 +34,10 @@ from hbat_lightning.functional.reinforcement import (
     truncation_log_mass,
     whiten,
 )
+from hbat_lightning.functional.reward_losses import bradley_terry_loss, preference_calibration
 
 __all__ = [
+    "bradley_terry_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "dpo_loss",
@@ -54,6 +56,7 @@ __all__ = [
     "log1mexp",
     "log_odds",
     "orpo_loss",
+    "preference_calibration",
     "proportional_weights",
     "robust_dpo_loss",
     "rows_per_chunk",

@@ -22,7 +22,8 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import ElasticWeightConsolidation
 from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.module import HybridDataModule
-from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.data.tokenization import Encoded, EncodedPair
+from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
@@ -244,10 +245,13 @@ def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]
     rows = [short if number % 2 else full for number in range(max(2, size))]
     made: dict[RowKind, list[Any]] = {
         INSTRUCTIONS: rows,
-        PAIRS: [(full, short)] * size,
+        PAIRS: [EncodedPair(full, short)] * size,
         FEEDBACK: [(row, True) for row in rows],
     }
     kinds = {name: objective.rows for name, objective in settings.module.objectives.items()}
+    unknown = [name for name, kind in kinds.items() if kind not in made]
+    if unknown:
+        raise UserError(f"the {unknown[0]} objective makes its rows as it trains, which cannot be planned: use hbat fit")
     return {name: kind.collect(made[kind], "", 0).collate(range(size)) for name, kind in kinds.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,10 @@ class ObjectiveModule(AlignmentModule):
     def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
         """Only objectives that train on sampled completions do."""
         raise NotImplementedError(f"{type(self).__name__} trains on data, not on rollouts")
+
+    def export(self, folder: Path) -> Sequence[str]:
+        """Nothing to add to the exported policy."""
+        return ()
 
     def state(self) -> dict[str, Any]:
         """Nothing, unless the objective keeps something over its phases."""

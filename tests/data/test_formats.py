@@ -174,6 +174,22 @@ def test_instruction_formats(name: str, values: dict[str, Any], messages: tuple[
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("name", "values", "prompt", "chosen", "rejected"), PREFERENCES)
+def test_margins_of_preferences(
+    name: str, values: dict[str, Any], prompt: tuple[Message, ...], chosen: str, rejected: str, given: bool
+) -> None:
+    """In any format; tables give numbers as text, and nothing as an empty one."""
+    known = {2: 2.0, 0.5: 0.5, -1.0: -1.0, " 1e-1 ": 0.1, "": 0.0, None: 0.0}
+    for margin, number in known.items():
+        (row,), faults, _ = parse_preferences(raw(values | {"margin": margin}), name if given else None)
+        assert (row, faults) == (PreferenceRow("f.jsonl", 1, prompt, chosen, rejected, number), [])
+    for margin in ("high", True, float("nan"), float("inf"), "-inf", [1.0], {"a": 1}):
+        rows, (fault,), _ = parse_preferences(raw(values | {"margin": margin}), name if given else None)
+        assert rows == []
+        assert str(fault).startswith(f"f.jsonl, row 1: 'margin' is {margin!r}, a number was expected. Repair it")
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("name", "values", "prompt", "chosen", "rejected"), PREFERENCES)
 def test_preference_formats(
     name: str, values: dict[str, Any], prompt: tuple[Message, ...], chosen: str, rejected: str, given: bool
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from hbat_lightning import DataSource, HybridDataModule, Policy
 from hbat_lightning.data import embedded
 from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader, pad_right
-from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.data.tokenization import Encoded, EncodedPair
 
 
 def encoded(ids: list[int], prompt: int) -> Encoded:
@@ -36,17 +36,19 @@ def test_units_are_the_labels_that_something_comes_before() -> None:
     assert [rows.units(row) for row in range(4)] == [2, 2, 3, 2]
     batch = rows.collate(range(4))
     assert (batch["labels"][:, 1:] != -100).sum(-1).tolist() == [2, 2, 3, 2]
-    assert PreferenceSet([(ROWS[0], ROWS[1])], "f", 0).units(0) == 1
+    assert PreferenceSet([EncodedPair(ROWS[0], ROWS[1])], "f", 0).units(0) == 1
 
 
 def test_pairs_are_chosen_first_and_blanks_have_no_labels() -> None:
-    pairs = PreferenceSet([(ROWS[0], ROWS[1]), (ROWS[2], ROWS[0])], "f", 0)
+    pairs = PreferenceSet([EncodedPair(ROWS[0], ROWS[1], 0.5), EncodedPair(ROWS[2], ROWS[0])], "f", 0)
     batch = pairs.collate([1, 0])
     assert batch["index"].tolist() == [1, 0]
+    assert batch["margin"].tolist() == [0.0, 0.5]
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     assert rows == [ROWS[n].input_ids.tolist() for n in (2, 0, 0, 1)]
     assert bool((pairs.blank()["labels"] == -100).all())
     assert len(pairs.blank()["labels"]) == 2
+    assert pairs.blank()["margin"].tolist() == [0.0]
     blank = InstructionSet(ROWS, "f", 0).blank()
     assert bool((blank["labels"] == -100).all())
     assert len(blank["labels"]) == 1
@@ -58,6 +60,12 @@ def test_digest_changes_with_ids_and_with_masks() -> None:
     }
     assert len(digests) == 3
     assert InstructionSet(ROWS, "another file", 7).digest in digests
+
+
+def test_digest_of_pairs_changes_with_margins() -> None:
+    margins = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5))
+    digests = {PreferenceSet([EncodedPair(*ROWS[:2], m) for m in two], "f", 0).digest for two in margins}
+    assert len(digests) == 3
 
 
 def test_evaluation_goes_through_all_rows_in_order() -> None:
@@ -95,7 +103,7 @@ def test_prompt_ids_are_those_of_training_and_answers_end_in_one_stop_token(temp
     for prompt, row in zip(prompts, rows, strict=True):
         assert prompt.input_ids == row.input_ids[: row.prompt_length].tolist()
         assert not row.supervised[: row.prompt_length].any()
-    every = [*rows, *(side for pair in data.val_sets["preference"].rows for side in pair)]
+    every = [*rows, *(side for pair in data.val_sets["preference"].rows for side in pair[:2])]
     for row in every:
         answer = row.input_ids[row.prompt_length :]
         assert row.supervised[row.prompt_length :].all()
