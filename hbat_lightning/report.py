@@ -16,6 +16,7 @@ _COLUMNS = (
     ("val/instruction/exact_match", "exact match", "{:.3f}"),
     ("val/preference/loss", "pref. loss", "{:.3f}"),
     ("val/preference/accuracy", "pref. acc.", "{:.3f}"),
+    ("val/preference/reward", "reward", "{:.3f}"),
 )
 _COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e", BOTH: "#6b7280"}
 

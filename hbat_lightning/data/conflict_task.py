@@ -141,6 +141,24 @@ def feedback_rows() -> tuple[list[dict[str, str | bool]], list[dict[str, str | b
     return [_judged(rng, row) for row in train], [_judged(rng, row) for row in validation]
 
 
+def preference_reward(prompt: str, completion: str) -> float:
+    """What the task's preference is after, as a rule: from 0 to 1, and 1 for a chosen answer alone.
+
+    A quarter each for the opening and for the right ending, the other half for as many words of the canonical summary as
+    stand in their places between the two.
+    """
+    given = completion.split()
+    facts = Facts(
+        *(next((word for word in prompt.split() if word in words), "") for words in (NAMES, ITEMS, PLACES, FAULTS))
+    )
+    right = URGENT_ENDING if facts.fault in URGENT_FAULTS else MILD_ENDING
+    opening, summary = OPENING.split(), facts.summary.split()
+    opened, ended = given[: len(opening)] == opening, given[-1:] == [right]
+    body = given[len(opening) if opened else 0 : len(given) - ended]
+    placed = sum(one == other for one, other in zip(body, summary, strict=False)) / max(len(body), len(summary))
+    return 0.25 * opened + 0.25 * ended + 0.5 * placed
+
+
 def _judged(rng: random.Random, pair: dict[str, str]) -> dict[str, str | bool]:
     good = rng.random() < 0.5
     return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
