@@ -140,7 +140,7 @@ class ClassifierReward(Reward):
         super().__init__()
         self.spec = BaseSpec(model_name_or_path, dtype=dtype, revision=revision)
         self.max_length, self.policy_tokens = max_length, policy_tokens
-        self.model: nn.Module | None = None
+        self._built: list[nn.Module] = []  # in a list, so that checkpoints of a run do not hold it
 
     def build(self, policy: Policy, device: torch.device) -> None:
         """Load it.
@@ -148,7 +148,7 @@ class ClassifierReward(Reward):
         Raises:
             UserError: When there is none to load, it has more than one output, or its tokens are not the policy's.
         """
-        if self.model is not None:
+        if self._built:
             return
         self.tokenizer = load_tokenizer(self.spec)
         self.tokenizer.truncation_side = "left"
@@ -157,13 +157,12 @@ class ClassifierReward(Reward):
                 f"{self.spec.name} has another vocabulary than {policy.spec.name}: leave policy_tokens out, and it reads texts"
             )
         model: nn.Module = load_classifier(self.spec, self.tokenizer)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self._built.append(model.to(device).eval().requires_grad_(False))
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
         """See :meth:`Reward.score`."""
-        assert self.model is not None, "build() comes first"
         inputs = self._own_tokens(rollouts) if self.policy_tokens else self._texts(policy, rollouts)
-        return logits_of(self.model, {name: value.to(device) for name, value in inputs.items()}).cpu()
+        return logits_of(self._built[0], {name: value.to(device) for name, value in inputs.items()}).cpu()
 
     def _own_tokens(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         rows = [(one.prompt + one.completion)[-self.max_length :] for one in rollouts]

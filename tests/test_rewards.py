@@ -18,11 +18,13 @@ from hbat_lightning import (
     ClassifierPolicy,
     ClassifierRewardModule,
     DataSource,
+    GenerationSettings,
     HybridDataModule,
     LoraSettings,
+    PPOModule,
     RewardModule,
 )
-from hbat_lightning.callbacks import PolicyExport
+from hbat_lightning.callbacks import PolicyExport, WindowCheckpoint
 from hbat_lightning.cli import main, make_cli
 from hbat_lightning.data import embedded
 from hbat_lightning.data.rollouts import Rollout
@@ -190,7 +192,6 @@ def test_a_classifier_says_what_it_says_in_transformers(pad: str, classifier: Pa
     assert scores.tolist() == pytest.approx(truth, abs=1e-5)
     assert float(scores.std()) > 0.01
     assert not scores.requires_grad
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
 
 
 def test_a_trained_classifier_reads_the_policys_tokens(
@@ -222,6 +223,39 @@ def test_classifiers_that_are_none(classifier: Path, base_folder: str, make_poli
             ClassifierReward(path).build(policy, CPU)
     with pytest.raises(UserError, match="no such folder"):
         ClassifierReward(str(tmp_path / "nowhere" / "at" / "all")).build(policy, CPU)
+
+
+# ---- in a run of PPO ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adapter", "classifier"])
+def test_a_run_leaves_it_as_it_is_and_out_of_its_checkpoints(
+    kind: str, request: pytest.FixtureRequest, make_policy: Any, fit: Any, tmp_path: Path
+) -> None:
+    if kind == "adapter":
+        reward: Any = AdapterReward(request.getfixturevalue("trained")[1], SMALL)
+    else:
+        reward = ClassifierReward(str(request.getfixturevalue("classifier")))
+    module = PPOModule(reward, policy=make_policy(), lr=1e-2, generation=GenerationSettings(max_new_tokens=4))
+    module.sampling = GenerationSettings(max_new_tokens=6, temperature=1.0)
+    checkpoint = WindowCheckpoint(1, str(tmp_path / "checkpoints"))
+    run = fit(module, checkpoint, data=pairs(), enable_checkpointing=True, max_steps=2)
+    assert len(run.log.column("train/preference/reward")) == 2
+    rows = rollouts(module.policy.tokenizer)
+    module.policy.eval()
+    with torch.no_grad():
+        after = reward.score(module.policy, rows, CPU)
+    policy = make_policy()
+    policy.build(CPU)
+    fresh = AdapterReward(reward.path, SMALL) if kind == "adapter" else ClassifierReward(reward.spec.name)
+    fresh.build(policy, CPU)
+    policy.eval()
+    assert torch.allclose(fresh.score(policy, rows, CPU), after, atol=1e-5)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    others = {name for name in state if ".lora_" not in name}
+    head = {f"reward.scalar.head.{name}" for name in ("weight", "bias")} if kind == "adapter" else set()
+    assert others == {"value.head.weight", "value.head.bias"} | head
+    assert not any(".reward." in name for name in state if name.startswith("policy."))
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from hbat_lightning import (
     LoraSettings,
     RewardModule,
 )
-from hbat_lightning.callbacks import PolicyExport, WindowCheckpoint
+from hbat_lightning.callbacks import ElasticWeightConsolidation, PolicyExport, WindowCheckpoint
+from hbat_lightning.cli import main
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 from hbat_lightning.functional import bradley_terry_loss, preference_calibration
@@ -211,15 +212,23 @@ def bits(run: Any) -> dict[str, Tensor]:
     optimizer = run.trainer.optimizers[0]
     states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     moments = {f"{n}.{key}": torch.as_tensor(value) for n, state in enumerate(states) for key, value in state.items()}
-    return run.weights | {"head": run.module.head.weight.detach().clone()} | moments
+    own = {name: value.detach().clone() for name, value in run.module.named_parameters() if "head" in name}
+    return run.weights | own | moments
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
-def test_it_goes_on_bit_identical(settings: Any, make_policy: Any, pairs: Any, fit: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [*SETTINGS, {"classifier": True}], ids=[*IDS, "classifier"])
+def test_it_goes_on_bit_identical(
+    settings: Any, make_policy: Any, base_folder: str, pairs: Any, fit: Any, tmp_path: Path
+) -> None:
+    def module() -> Any:
+        if settings.get("classifier"):
+            return ClassifierRewardModule(policy=ClassifierPolicy(base_folder), lr=1e-2, epochs=2)
+        return RewardModule(policy=make_policy(**settings), lr=1e-2, epochs=2)
+
     def run(folder: str, ckpt_path: Any = None, **trainer: Any) -> Any:
         torch.rand(7 if ckpt_path else 3)  # another process would have another random state
         return fit(
-            RewardModule(policy=make_policy(**settings), lr=1e-2, epochs=2),
+            module(),
             WindowCheckpoint(1, str(tmp_path / folder)),
             data=pairs(),
             ckpt_path=ckpt_path,
@@ -235,6 +244,32 @@ def test_it_goes_on_bit_identical(settings: Any, make_policy: Any, pairs: Any, f
     assert same_bits(bits(whole), bits(rest))
     name = "train/preference/loss"
     assert part.log.column(name) + rest.log.column(name) == whole.log.column(name)
+
+
+def test_in_a_hybrid_it_trains_in_its_own_phases(make_hybrid: Any, pairs: Any, fit: Any, tmp_path: Path) -> None:
+    class Heads(Callback):
+        seen: dict[int, list[Tensor]] = {}  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: MicroBatch, i: int) -> None:
+            self.seen.setdefault(batch.phase, []).append(pl_module.preference.head.weight.detach().clone())
+
+    data = pairs(8, 4, margins=False)
+    data.sources["instruction"] = DataSource(embedded.INSTRUCTION, limit=12, val_fraction=0.25)
+    heads = Heads()
+    module = make_hybrid(preference=RewardModule(lr=5e-3))
+    run = fit(module, heads, PolicyExport(), ElasticWeightConsolidation(1.0), data=data, accumulate_grad_batches=1)
+    assert run.log.column("train/preference/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(heads.seen) == 4
+    assert torch.equal(heads.seen[2][0], heads.seen[2][-1])
+    assert not torch.equal(heads.seen[3][0], heads.seen[3][-1])
+    assert (tmp_path / "adapter" / "reward_head.safetensors").exists()
+
+
+def test_hbat_export_says_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "reward.yaml")
+    with pytest.raises(SystemExit):
+        main(["export", "--config", config, "--output", str(tmp_path / "out"), "--trainer.accelerator", "cpu"])
+    assert "a reward model is whole in the run's adapter/ or model/ folder" in capsys.readouterr().err
 
 
 def test_it_completes_nothing(make_policy: Any, pairs: Any, make_trainer: Any) -> None:
