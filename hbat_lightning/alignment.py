@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -134,6 +134,7 @@ class AlignmentModule(LightningModule):
             self._window, self._window_loss = {}, 0.0
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
+            self._data.stream.measure_with(self._mean_loss)
             for name, rows in self._data.train_sets.items():
                 if isinstance(rows, RolloutSet):
                     rows.answer_with(partial(self._roll_out, name))
@@ -242,7 +243,9 @@ class AlignmentModule(LightningModule):
         self._retire_logged()
         means = {objective: totals.means() for objective, totals in self._window.items()}
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
-        values |= {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
+        for objective, figures in means.items():
+            self.plan.report(objective, figures["loss"])
+        values |= self.plan.figures | {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
         values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         self.log("loss", self._window_loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
@@ -270,6 +273,22 @@ class AlignmentModule(LightningModule):
             rollouts = self.objectives[objective].roll_out(self.policy, prompts, self.device)
         self._train_mode(objective)
         return rollouts
+
+    @torch.no_grad()
+    def _mean_loss(self, phase: PhaseKey, batches: Sequence[MicroBatch]) -> float:
+        """The mean of the training loss over micro-batches, without dropout; see :data:`~hbat_lightning.stream.Measure`.
+
+        Asked for between training steps, at the start of a phase before its first batch is announced.
+        """
+        self.begin_phase(phase)
+        self.policy.set_training(dropout=False)
+        self._mode = None
+        totals = Totals()
+        for batch in batches:
+            inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
+            with self.trainer.precision_plugin.forward_context():
+                totals.add({"loss": self.objectives[batch.objective].loss(self.policy, inputs)["loss"]})
+        return totals.means()["loss"]
 
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.

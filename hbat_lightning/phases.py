@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 INSTRUCTION = "instruction"
 PREFERENCE = "preference"
@@ -128,6 +128,9 @@ class Plan:
         rounds: The phases of every round, in order.
     """
 
+    measures = False
+    """Whether losses decide what comes next; then they must be known before a window trains."""
+
     def __init__(self, rounds: Sequence[Sequence[Phase]]) -> None:
         self.rounds = [list(phases) for phases in rounds]
         self.phases = [phase for phases in self.rounds for phase in phases]
@@ -178,3 +181,28 @@ class Plan:
         position = self._ends.index(step)
         phase = self.phases[position]
         return phase if phase.offset + phase.windows == phase.length else None
+
+    # ---- what only plans have that are made as training goes ----------------------------------------------------------
+
+    def choose(self, step: int, measure: Callable[[Part], float]) -> None:
+        """Decide what a window holds, before it is asked for.
+
+        Args:
+            step: Optimizer step of the run; all steps before it are decided.
+            measure: The mean loss over a window, at the current parameters and without dropout.
+        """
+
+    def report(self, objective: str, loss: float) -> None:
+        """Hear the mean training loss over a window."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is to be logged."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been decided, in plain types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what had been decided."""

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from hbat_lightning.errors import UserError
+from hbat_lightning.gaps import GapPlan
 from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE, DrawnPhase, JointPhase, Part, Phase, Plan
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PREFERENCE",
     "Interval",
     "Joint",
+    "MaxGap",
     "Phase",
     "Plan",
     "RandomMix",
@@ -198,6 +200,51 @@ class RandomMix(Schedule):
             own = tuple(draws[begin : begin + self.steps])
             rounds.append([DrawnPhase(0, number, BOTH, 0, 1, begin, self.steps, begin, len(draws), own)])
         return Plan(rounds)
+
+
+class MaxGap(Schedule):
+    """Trains the objective that is further from its best: MAXRIGHT (arXiv 2410.15483, algorithm 2).
+
+    The gap of an objective is its loss above the best that it would reach alone, times its weight: λ for preferences, 1 - λ
+    for instructions. See :class:`~hbat_lightning.gaps.GapPlan`. As with :class:`RandomMix`, one phase holds all steps, and
+    both data sets are cycled through whole. Logs ``gap/instruction`` and ``gap/preference``.
+
+    Args:
+        rounds: How often the figures are to be seen: Trainer epochs of ``steps`` optimizer steps.
+        steps: Optimizer steps of a round.
+        preference_weight: λ.
+        instruction_best: Loss that the instruction objective reaches alone; a property of model and data.
+        preference_best: Loss that the preference objective reaches alone.
+        refresh: Optimizer steps after which both losses are measured anew.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 10,
+        steps: int = 100,
+        preference_weight: float = 0.5,
+        instruction_best: float = 0.0,
+        preference_best: float = 0.0,
+        refresh: int = 10,
+    ) -> None:
+        _require_positive(rounds=rounds, steps=steps, refresh=refresh)
+        if not 0 <= preference_weight <= 1:
+            raise ValueError(f"preference_weight must be in [0, 1], got {preference_weight}")
+        self.rounds, self.shards, self.steps, self.refresh = rounds, 1, steps, refresh
+        self.weights = {INSTRUCTION: 1 - preference_weight, PREFERENCE: preference_weight}
+        self.best = {INSTRUCTION: instruction_best, PREFERENCE: preference_best}
+
+    def describe(self) -> str:
+        """See :meth:`Schedule.describe`."""
+        gaps = ", ".join(f"{weight:g} × ({name} loss - {self.best[name]:g})" for name, weight in self.weights.items())
+        return (
+            f"MaxGap (MAXRIGHT): {self.rounds} × {self.steps} optimizer steps, each on the objective with the larger of "
+            f"{gaps}; both measured every {self.refresh} steps; data are cycled through whole"
+        )
+
+    def plan(self, windows: Mapping[str, Sequence[int]]) -> Plan:
+        """See :meth:`Schedule.plan`."""
+        return GapPlan(self.rounds, self.steps, self.weights, self.best, self.refresh)
 
 
 class Joint(Schedule):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, zip_longest
@@ -128,6 +128,10 @@ class SampledSet(ABC):
         """Take over saved samples."""
 
 
+Measure = Callable[[PhaseKey, Sequence[MicroBatch]], float]
+"""Phase, micro-batches -> the mean of their loss, at the current parameters and without dropout."""
+
+
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed that depends on nothing but the parts, in any process and on any machine."""
     text = "/".join(str(part) for part in parts)
@@ -198,8 +202,18 @@ class WindowStream:
                 for name, shards in self.shards.items()
             }
         )
+        if self.plan.measures and any(isinstance(rows, SampledSet) for rows in self.data.values()):
+            raise UserError(
+                f"{type(schedule).__name__} compares losses, and that of an objective on rollouts does not say how far it is "
+                "from its best: take the schedule RandomMix, or an objective on data"
+            )
+        self._measure: Measure | None = None
         self.round = 0
         self.position = 0
+
+    def measure_with(self, measure: Measure) -> None:
+        """Say who measures losses, where the plan goes by them."""
+        self._measure = measure
 
     @property
     def sampler(self) -> WindowStream:
@@ -238,6 +252,7 @@ class WindowStream:
             "round": self.round,
             "position": self.position,
             "fingerprint": self.fingerprint(),
+            "plan": self.plan.state_dict(),
             "sampled": sampled,
         }
 
@@ -258,6 +273,7 @@ class WindowStream:
                 + ". Restore these settings, or start a new run in another folder"
             )
         self.round, self.position = state["round"], state["position"]
+        self.plan.load_state_dict(state["plan"])
         for name, rows in self.data.items():
             if isinstance(rows, SampledSet):
                 rows.load_state_dict(state["sampled"][name])
@@ -319,9 +335,15 @@ class WindowStream:
 
     def _window(self, phase: Phase, step: int) -> list[MicroBatch]:
         """A window's micro-batches; those of two objectives take turns."""
+        self.plan.choose(phase.offset + step, lambda part: self._loss_of(phase, step, part))
         shares = [self._share(phase, step, part) for part in phase.parts(step)]
         window = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
         return [*window[:-1], window[-1]._replace(last=True)]
+
+    def _loss_of(self, phase: Phase, step: int, part: Part) -> float:
+        if self._measure is None:
+            raise RuntimeError("nobody measures losses: call measure_with() first")
+        return self._measure(PhaseKey(phase.index, phase.objective), self._share(phase, step, part))
 
     def _share(self, phase: Phase, step: int, part: Part) -> list[MicroBatch]:
         """The micro-batches of one objective in a window."""

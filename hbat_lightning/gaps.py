@@ -1,0 +1,103 @@
+"""Choosing at run time which objective trains next: the one that is further from its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hbat_lightning.phases import BOTH, Part, Phase, Plan
+
+
+@dataclass(frozen=True)
+class ChosenPhase(Phase):
+    """Every window is of one objective, chosen when it is its turn.
+
+    Attributes:
+        chosen: What the windows of the whole phase hold, as far as they are chosen; it grows as training goes.
+    """
+
+    chosen: Sequence[Part] = field(compare=False)
+
+    @property
+    def mixed(self) -> bool:
+        """See :attr:`Phase.mixed`."""
+        return True
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """See :meth:`Phase.parts`."""
+        return [self.chosen[self.offset + step]]
+
+
+class GapPlan(Plan):
+    r"""One phase, each of whose windows goes to the objective with the larger weighted gap.
+
+    .. math:: s_i = w_i (f_i - f_i^*)
+
+    with f the objective's loss when it was last seen: every few steps both are measured, on the window that either would
+    train on next; in between only that of the objective that trains is renewed, by its training loss.
+
+    Args:
+        rounds: Trainer epochs.
+        steps: Optimizer steps of each.
+        weights: Per objective its weight w; the first one trains where gaps are equal.
+        best: Per objective the loss f* that it would reach alone.
+        refresh: Optimizer steps between measurements.
+    """
+
+    measures = True
+
+    def __init__(
+        self, rounds: int, steps: int, weights: Mapping[str, float], best: Mapping[str, float], refresh: int
+    ) -> None:
+        self.weights, self.best, self.refresh = dict(weights), dict(best), refresh
+        self._losses: dict[str, float] = {}
+        self._chosen: list[Part] = []
+        self._seen = dict.fromkeys(weights, 0)
+        super().__init__(
+            [
+                [ChosenPhase(0, n, BOTH, 0, 1, n * steps, steps, n * steps, rounds * steps, self._chosen)]
+                for n in range(rounds)
+            ]
+        )
+
+    def choose(self, step: int, measure: Callable[[Part], float]) -> None:
+        """See :meth:`Plan.choose`."""
+        if step < len(self._chosen):  # a run that goes on inside a window
+            return
+        if step % self.refresh == 0:
+            self._losses = {objective: measure(self._next(objective)) for objective in self.weights}
+        gaps = self._gaps()
+        self._take(max(gaps, key=gaps.__getitem__))
+
+    def report(self, objective: str, loss: float) -> None:
+        """See :meth:`Plan.report`."""
+        self._losses[objective] = loss
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Both gaps as they are known now."""
+        return {f"gap/{objective}": gap for objective, gap in self._gaps().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`Plan.state_dict`."""
+        return {"losses": dict(self._losses), "chosen": [part.objective for part in self._chosen]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`Plan.load_state_dict`."""
+        self._losses = dict(state["losses"])
+        self._chosen.clear()
+        self._seen = dict.fromkeys(self.weights, 0)
+        for objective in state["chosen"]:
+            self._take(objective)
+
+    def _gaps(self) -> dict[str, float]:
+        return {name: weight * (self._losses[name] - self.best[name]) for name, weight in self.weights.items()}
+
+    def _next(self, objective: str) -> Part:
+        """The window that an objective trains on when it is chosen next."""
+        return Part(objective, 0, self._seen[objective])
+
+    def _take(self, objective: str) -> None:
+        self._chosen.append(self._next(objective))
+        self._seen[objective] += 1
