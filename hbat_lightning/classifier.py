@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hbat_lightning.adapters import LoraSettings
-from hbat_lightning.base_model import fingerprint, load_classifier
+from hbat_lightning.base_model import BaseSpec, fingerprint, load_classifier
+from hbat_lightning.errors import UserError
 from hbat_lightning.model_card import CLASSIFIER, CLASSIFIER_ADAPTER, Weights
 from hbat_lightning.policy import Policy
 
@@ -71,6 +76,23 @@ class ClassifierPolicy(Policy):
             inputs: ``input_ids`` and ``attention_mask``, each ``(B, T)``, padded on either side.
         """
         return logits_of(self._model, inputs)
+
+
+def load_trained_classifier(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Load a classifier that has been trained: a whole one, or the PEFT folder of one, whose base is found by its name.
+
+    Raises:
+        UserError: See :func:`~hbat_lightning.base_model.load_classifier`; or the folder is of another kind of model.
+    """
+    if not Path(spec.name, "adapter_config.json").exists():
+        return cast(nn.Module, load_classifier(spec, tokenizer))
+    saved = PeftConfig.from_pretrained(spec.name)
+    if saved.task_type != ClassifierPolicy.task:
+        raise UserError(
+            f"{spec.name} is no adapter of a classifier: AdapterReward takes reward models on the policy's base"
+        )
+    base = replace(spec, name=cast(str, saved.base_model_name_or_path), revision=saved.revision, dtype="float32")
+    return cast(nn.Module, PeftModel.from_pretrained(load_classifier(base, tokenizer, new_output=True), spec.name))
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:

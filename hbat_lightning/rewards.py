@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hbat_lightning.adapters import LoraSettings
-from hbat_lightning.base_model import BaseSpec, DType, load_classifier, load_tokenizer
-from hbat_lightning.classifier import logits_of
+from hbat_lightning.base_model import BaseSpec, DType, load_tokenizer
+from hbat_lightning.classifier import load_trained_classifier, logits_of
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.errors import UserError
@@ -121,7 +121,8 @@ class ClassifierReward(Reward):
     """Any sequence classifier with a single output, as a model of its own with its own tokenizer.
 
     Args:
-        model_name_or_path: A folder or a hub id that ``AutoModelForSequenceClassification`` loads with one label.
+        model_name_or_path: A folder or a hub id that ``AutoModelForSequenceClassification`` loads with one label, or the
+            PEFT folder of such a model.
         dtype: Storage type.
         max_length: Longest text in tokens of its tokenizer; longer ones lose their beginning.
         revision: Hub revision.
@@ -156,7 +157,7 @@ class ClassifierReward(Reward):
             raise UserError(
                 f"{self.spec.name} has another vocabulary than {policy.spec.name}: leave policy_tokens out, and it reads texts"
             )
-        model: nn.Module = load_classifier(self.spec, self.tokenizer)
+        model = load_trained_classifier(self.spec, self.tokenizer)
         self._built.append(model.to(device).eval().requires_grad_(False))
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:

@@ -194,12 +194,16 @@ def test_a_classifier_says_what_it_says_in_transformers(pad: str, classifier: Pa
     assert not scores.requires_grad
 
 
+@pytest.mark.parametrize("lora", [SMALL, None], ids=["lora", "full"])
 def test_a_trained_classifier_reads_the_policys_tokens(
-    make_policy: Any, base_folder: str, fit: Any, tmp_path: Path
+    lora: Any, make_policy: Any, base_folder: str, fit: Any, tmp_path: Path
 ) -> None:
-    module = ClassifierRewardModule(policy=ClassifierPolicy(base_folder, lora=None), lr=2e-3)
+    module = ClassifierRewardModule(policy=ClassifierPolicy(base_folder, lora=lora), lr=2e-3)
     fit(module, PolicyExport(), data=pairs())
-    policy, reward = make_policy(), ClassifierReward(str(tmp_path / "model"), policy_tokens=True)
+    policy, reward = (
+        make_policy(),
+        ClassifierReward(str(tmp_path / ("adapter" if lora else "model")), policy_tokens=True),
+    )
     reward.build(policy, CPU)
     module.policy.eval()
     rows = rollouts(policy.tokenizer)
@@ -209,6 +213,7 @@ def test_a_trained_classifier_reads_the_policys_tokens(
 
 def test_classifiers_that_are_none(classifier: Path, base_folder: str, make_policy: Any, tmp_path: Path) -> None:
     policy = make_policy()
+    policy.build(CPU)
     two = shutil.copytree(classifier, tmp_path / "two")
     config = json.loads((two / "config.json").read_text())
     (two / "config.json").write_text(
@@ -221,6 +226,9 @@ def test_classifiers_that_are_none(classifier: Path, base_folder: str, make_poli
     for path, message in cases.items():
         with pytest.raises(UserError, match=message):
             ClassifierReward(path).build(policy, CPU)
+    policy.export(tmp_path / "adapter")
+    with pytest.raises(UserError, match="is no adapter of a classifier: AdapterReward takes"):
+        ClassifierReward(str(tmp_path / "adapter")).build(policy, CPU)
     with pytest.raises(UserError, match="no such folder"):
         ClassifierReward(str(tmp_path / "nowhere" / "at" / "all")).build(policy, CPU)
 

@@ -146,6 +146,8 @@ class _Rehearsal:
         """Attach the adapter, and take the snapshots that references and anchors need."""
         with self.tracker.category(Category.ADAPTERS):
             self.policy.adopt(base)
+            for objective in self.module.objectives.values():
+                objective.build(self.policy, torch.device("cpu"))
         references = {reference for objective in self.module.objectives.values() for reference in objective.references}
         with self.tracker.category(Category.REFERENCE):
             self.policy.add_snapshots(references | ({"phase_start"} if self.settings.penalties else set()))
@@ -251,7 +253,9 @@ def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]
     kinds = {name: objective.rows for name, objective in settings.module.objectives.items()}
     unknown = [name for name, kind in kinds.items() if kind not in made]
     if unknown:
-        raise UserError(f"the {unknown[0]} objective makes its rows as it trains, which cannot be planned: use hbat fit")
+        raise UserError(
+            f"the {unknown[0]} objective makes its rows as it trains, which cannot be planned: use hbat fit"
+        )
     return {name: kind.collect(made[kind], "", 0).collate(range(size)) for name, kind in kinds.items()}
 
 
