@@ -88,11 +88,12 @@ def test_readme_names_files_and_targets_that_exist() -> None:
 
 
 def test_readme_lists_every_data_format() -> None:
-    from hbat_lightning.data.formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS
+    from hbat_lightning.data.formats import FEEDBACK_FORMATS, INSTRUCTION_FORMATS, PREFERENCE_FORMATS
 
-    listed = re.findall(r"^\| `(\w+)` \| (instruction|preference) \|", README, re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \| (instruction|preference|feedback)\b[^|]* \|", README, re.MULTILINE)
     known = [(one.name, "instruction") for one in INSTRUCTION_FORMATS]
     known += [(one.name, "preference") for one in PREFERENCE_FORMATS]
+    known += [(one.name, "feedback") for one in FEEDBACK_FORMATS]
     assert sorted(listed) == sorted(known)
 
 
