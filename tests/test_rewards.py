@@ -61,7 +61,7 @@ def own_rewards(module: RewardModule, rows: list[Rollout], left: bool = False) -
     """What the trained module says of the same ids, padded on either side."""
     lists = [row.prompt + row.completion for row in rows]
     longest = max(map(len, lists))
-    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    ids, mask = torch.full((len(rows), longest), 7), torch.zeros(len(rows), longest, dtype=torch.long)  # 7 is a word
     for number, row in enumerate(lists):
         place = slice(longest - len(row), longest) if left else slice(0, len(row))
         ids[number, place], mask[number, place] = torch.tensor(row), 1
