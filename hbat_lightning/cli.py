@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -22,6 +23,7 @@ import hbat_lightning.schedules  # noqa: F401  imported so that short class name
 from hbat_lightning import quiet
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionWriter, SwitchReport, WindowCheckpoint
+from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import UserError
@@ -115,6 +117,10 @@ class HbatCLI(LightningCLI):
         own = given.get("callbacks") or []
         own = list(own) if isinstance(own, list) else [own]
         kwargs["callbacks"] = own + _standard_callbacks(own, given)
+        plugins = given.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
