@@ -1,0 +1,92 @@
+"""Raise a known reward on the embedded task with every objective that learns from rewards, over several seeds.
+
+    python benchmarks/rewards.py
+
+Each run warms the embedded model up with SFT, in the first phase of a hybrid with one round, and then trains on prompts with
+the task's own rule for a reward (``conflict_task.preference_reward``, from 0 to 1). The table gives, per objective, mean and
+standard deviation over seeds: held-out reward of greedy completions before and after the phase, the reward of sampled ones in
+its first and last tenth, and the divergence from the phase's start at its end, in nats per completion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OBJECTIVES = {"ppo": None, "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo"}
+SETTINGS = {
+    "model.schedule.rounds": 1,
+    "model.schedule.instruction_epochs": 1,
+    "model.instruction.lr": 5e-3,
+    "model.preference.lr": 1e-3,
+    "model.lr_schedule.warmup": 10,
+    "data.instruction.val_path": "embedded://conflict/instruction-validation",
+    "data.preference.val_path": "embedded://conflict/preference-validation",
+    "data.batch_size": 32,
+    "data.val_batch_size": 96,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.callbacks.strength": 0,
+    "trainer.enable_progress_bar": "false",
+}
+
+
+def run(name: str, seed: int, folder: Path) -> dict[str, float]:
+    """Train, and read the run's own files."""
+    layer = OBJECTIVES[name]
+    configs = ["configs/hbat_ppo.yaml"] + ([f"configs/reinforcement/{layer}.yaml"] if layer else [])
+    options = SETTINGS | {"seed_everything": seed, "trainer.default_root_dir": folder}
+    if name in ("rloo", "grpo"):
+        options |= {"data.batch_size": 8, "model.preference.samples": 4}  # as many completions in a step
+    arguments = [part for config in configs for part in ("--config", str(ROOT / config))]
+    arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "hbat_lightning", "fit", *arguments, "--overwrite", "true"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    switch = json.loads((folder / "switches.jsonl").read_text().splitlines()[-1])
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/preference/reward"]]
+    tenth = max(1, len(rows) // 10)
+    sampled = [float(row["train/preference/reward"]) for row in rows]
+    return {
+        "greedy before": switch["before"]["val/preference/reward"],
+        "greedy after": switch["after"]["val/preference/reward"],
+        "sampled, first tenth": statistics.mean(sampled[:tenth]),
+        "sampled, last tenth": statistics.mean(sampled[-tenth:]),
+        "KL": statistics.mean(float(row["train/preference/kl"]) for row in rows[-tenth:]),
+        "steps": float(len(rows)),
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--output", type=Path, default=Path("runs/rewards"))
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".md"))
+    args = parser.parse_args()
+    lines: list[str] = []
+    for name in args.objectives:
+        found = [run(name, seed, args.output / f"{name}-{seed}") for seed in range(1, args.seeds + 1)]
+        if not lines:
+            lines = [f"| objective | {' | '.join(found[0])} |", f"|{' --- |' * (1 + len(found[0]))}"]
+        cells = [[one[key] for one in found] for key in found[0]]
+        spread = [
+            f"{statistics.mean(cell):.3f} ± {statistics.stdev(cell) if len(cell) > 1 else 0:.3f}" for cell in cells
+        ]
+        lines.append(f"| {name} | {' | '.join(spread)} |")
+        print(lines[-1], flush=True)
+    told = (
+        f"`python benchmarks/rewards.py`, {args.seeds} seeds, {date.today()}; mean ± standard deviation over seeds.\n"
+    )
+    args.table.write_text(told + "\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
