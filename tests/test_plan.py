@@ -147,6 +147,8 @@ def test_precision_and_quantisation_change_what_they_should(tmp_path: Path) -> N
     # Embedding and output layer stay; of the rest, in 16 bits beside them, four bits do.
     ends, rest = 2 * 512 * 64, plain[Category.BASE] // 4 - 2 * 512 * 64
     assert packed[Category.BASE] == pytest.approx(2 * ends + 0.5 * rest, rel=0.02)
+    in_bytes = parts(*options, "--model.policy.quantization", "int8")
+    assert in_bytes[Category.BASE] == pytest.approx(2 * ends + rest, rel=0.02)
 
 
 def test_an_importance_per_element_costs_tensors_of_the_trained_sizes() -> None:

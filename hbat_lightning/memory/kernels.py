@@ -13,11 +13,34 @@ from torch import Tensor
 aten = torch.ops.aten
 bnb = torch.ops.bitsandbytes
 
+
+def _int8_codes(inputs: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows as bytes, with a scale each. Columns of outliers, kept in 16 bits, depend on values: none are counted."""
+    outliers = torch.empty(0, dtype=torch.int64) if threshold > 0 else None
+    return torch.empty_like(inputs, dtype=torch.int8), inputs.new_empty(len(inputs), dtype=torch.float32), outliers
+
+
+def _int8_products(
+    inputs: Tensor,
+    codes: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    weight_scales: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The product of bytes, and the columns of outliers."""
+    products = bnb.int8_scaled_mm.default(codes, weight, scales, weight_scales, bias=bias, dtype=inputs.dtype)
+    return products, inputs.new_empty(0)
+
+
 REPLAYED: dict[Any, Callable[..., Any]] = {
     # Dequantises the whole weight, then multiplies: on a CPU always, on GPUs for all but short inputs.
     bnb.gemm_4bit.default: _gemm_4bit_default_impl,
+    bnb.int8_vectorwise_quant.default: _int8_codes,
+    bnb.int8_mixed_scaled_mm.default: _int8_products,
 }
-"""Operations whose kernel is Python, so that it can run on tensors without values."""
+"""Operations with a kernel of Python, that can run on tensors without values."""
 
 
 def _size(tensor: Tensor) -> int:
@@ -28,8 +51,14 @@ def _as_input(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return _size(inputs[0])
 
 
+def _sums(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """int32 sums of products."""
+    return 4 * outputs[0].numel()
+
+
 _WORKSPACES: dict[Any, Callable[[list[Tensor], list[Tensor]], int]] = {
     aten.logsumexp.default: _as_input,  # exp(x - max)
+    bnb.int8_scaled_mm.default: _sums,
 }
 
 
