@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
@@ -60,9 +61,14 @@ class ImportanceFreeze(ImportanceCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take the gradients of frozen tensors away."""
-        trained = self.owner(pl_module).policy.trained_parameters()
+        """Take the gradients of frozen tensors away, and log how many there are."""
+        values = self.pull(self.owner(pl_module))
+        pl_module.log("freeze/tensors", values["tensors"], on_step=True, on_epoch=False, batch_size=1)
+
+    def pull(self, module: AlignmentModule) -> dict[str, Tensor]:
+        """See :meth:`ImportanceCallback.pull`: what is frozen has no gradient, so the optimizer leaves it alone."""
+        trained = module.policy.trained_parameters()
         self.observe(trained)
         for name in self.frozen:
             trained[name].grad = None
-        pl_module.log("freeze/tensors", float(len(self.frozen)), on_step=True, on_epoch=False, batch_size=1)
+        return {"tensors": torch.tensor(float(len(self.frozen)))}

@@ -46,6 +46,10 @@ class ImportanceCallback(PhaseCallback):
             importance: Of the other objective's phases so far; ``None`` where there were none.
         """
 
+    @abstractmethod
+    def pull(self, module: AlignmentModule) -> dict[str, Tensor]:
+        """Show the task's gradients to the importance, then act on them; returns what is logged of it."""
+
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

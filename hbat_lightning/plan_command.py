@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.base_model import load_config
-from hbat_lightning.callbacks import ElasticWeightConsolidation
+from hbat_lightning.callbacks.importance import ImportanceCallback
 from hbat_lightning.cli import HbatCLI, make_cli
 from hbat_lightning.errors import UserError
 from hbat_lightning.memory.advice import advise
@@ -61,7 +61,7 @@ class PlanCLI(HbatCLI):
             module=model,
             config=load_config(model.policy.spec),
             data=self.datamodule,
-            penalties=[one for one in callbacks if isinstance(one, ElasticWeightConsolidation)],
+            penalties=[one for one in callbacks if isinstance(one, ImportanceCallback)],
             precision=_precision(str(trainer.precision)),
             accumulate=trainer.accumulate_grad_batches,
             checkpointing=model.policy.gradient_checkpointing,

@@ -258,3 +258,32 @@ def test_mistakes_end_in_one_line(options: list[str], said: str, capsys: pytest.
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("hbat: error:")
     assert said in line
+
+
+def test_freezing_needs_what_ewc_needs() -> None:
+    freeze = ["--config", str(ROOT / "configs/hbat_freeze.yaml"), "--model.preference.reference", "base"]
+    assert parts(*freeze)[Category.REFERENCE] == TRAINED
+    fisher = ["--trainer.callbacks.importance", "RunningFisher", "--trainer.callbacks.importance.per_element", "true"]
+    assert parts(*freeze, *fisher)[Category.IMPORTANCE] >= 2 * TRAINED
+
+
+def test_logits_are_told_where_they_are_not_at_the_highest_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = plan(tmp_path)
+    said = capsys.readouterr().out
+    tokens, vocabulary = (96 - 1) + (95 - 1), settings().config.vocab_size
+    assert moments(report)["instruction: micro-batch"]["most_logits"] == tokens * vocabulary * 4  # in one chunk
+    most = max(moment["most_logits"] for moment in moments(report).values())
+    assert f"logits            at most {most / 1e6:.1f} MB, in " in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="allocated memory is told on Linux only")
+def test_the_overhead_is_what_the_process_has_allocated() -> None:
+    held = torch.ones(2**28 // 4)  # a high mark that is gone by the time of the plan
+    del held
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    allocated = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+    overhead = make_plan(settings(), every_layer=False, tick=lambda name: None).overhead
+    assert overhead == pytest.approx(allocated, rel=0.15)

@@ -64,10 +64,12 @@ class Moment:
     Attributes:
         name: What it is.
         stretches: The highest point of each part of it, in order.
+        logits: The most bytes of logits at any time, which need not be the highest point.
     """
 
     name: str
     stretches: list[Peak]
+    logits: int
 
     @property
     def peak(self) -> Peak:
@@ -118,6 +120,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._category = Category.ACTIVATIONS
         self._peak, self._at_peak = 0, Counter[Category]()
         self._stretches: list[Peak] = []
+        self._most_logits = 0
         self._records: dict[int, _Record] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
 
@@ -136,10 +139,10 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def moment(self, name: str, into: list[Moment]) -> Iterator[None]:
         """Append what runs inside."""
         self._peak, self._at_peak = self.total, self.live.copy()
-        self._stretches = []
+        self._stretches, self._most_logits = [], self.live[Category.LOGITS]
         yield
         self.cut()
-        into.append(Moment(name, self._stretches))
+        into.append(Moment(name, self._stretches, self._most_logits))
 
     def cut(self) -> None:
         """End a stretch of the moment, and begin another."""
@@ -214,6 +217,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watches[key] = weakref.ref(storage, partial(self._release, key))
         self.live[category] += size
         self.total += size
+        self._most_logits = max(self._most_logits, self.live[Category.LOGITS])
         self._note(0)
 
     def _release(self, key: int, _: object) -> None:

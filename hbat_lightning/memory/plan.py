@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -109,7 +110,7 @@ def _extrapolate(few: Moment, more: Moment, factor: float) -> Moment:
         keys = one.parts.keys() | other.parts.keys()
         parts: Bytes = {key: _line(one.parts.get(key, 0), other.parts.get(key, 0), factor) for key in keys}
         stretches.append(Peak(_line(one.total, other.total, factor), parts))
-    return Moment(few.name, stretches)
+    return Moment(few.name, stretches, max(few.logits, more.logits))
 
 
 def _line(one: int, other: int, factor: float) -> int:
@@ -119,6 +120,10 @@ def _line(one: int, other: int, factor: float) -> int:
 def _overhead(gpu: bool) -> tuple[int, str]:
     if gpu:
         return CUDA_CONTEXT, "CUDA context and workspaces: assumed, not measured here"
+    status = Path("/proc/self/status")
+    if status.exists():  # what is allocated, without the pages of mapped libraries, and without a parent's high mark
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["RssAnon"].split()[0]), "interpreter and libraries: what this process takes itself"
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return resident, "interpreter and libraries: what this process takes itself"

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from hbat_lightning.alignment import AlignmentModule
-from hbat_lightning.callbacks import ElasticWeightConsolidation
+from hbat_lightning.callbacks.importance import ImportanceCallback
 from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
@@ -43,7 +43,7 @@ class RunSettings:
         module: The module, whose policy has no weights yet.
         config: The base's configuration.
         data: The data module; nothing of its data is read.
-        penalties: The EWC callbacks.
+        penalties: The callbacks that protect the other objective: EWC, freezing.
         precision: The Trainer's, one of :data:`PRECISIONS`.
         accumulate: Micro-batches in a window.
         checkpointing: Whether activations are recomputed.
@@ -54,7 +54,7 @@ class RunSettings:
     module: AlignmentModule
     config: PretrainedConfig
     data: HybridDataModule
-    penalties: Sequence[ElasticWeightConsolidation]
+    penalties: Sequence[ImportanceCallback]
     precision: str
     accumulate: int
     checkpointing: bool
@@ -197,7 +197,7 @@ class _Rehearsal:
     def _optimizer_step(self) -> None:
         with self.tracker.category(Category.WORK):
             for penalty in self.settings.penalties:
-                if penalty.strength > 0:
+                if penalty.active:
                     penalty.pull(self.module)
                     self.tracker.assign(_tensors(penalty.importance.state_dict()), Category.IMPORTANCE)
             if self.settings.clips:

@@ -42,7 +42,9 @@ def render(title: str, plans: Sequence[tuple[str, MemoryPlan]]) -> str:
     first = plans[0][1]
     lines = [title, "", *_table(["highest point of each moment", *headings], moments)]
     lines += ["", *_table([f"at the highest: {first.highest.name}", *headings], [*parts, *sums])]
-    lines += ["", f"process overhead  {first.overhead_is}"]
+    size, moment = max((one.logits, one.name) for one in first.moments)
+    lines += ["", f"logits            at most {gigabytes(size)}, in {moment}"]
+    lines += [f"process overhead  {first.overhead_is}"]
     if first.rehearsed[-1] != first.layers:
         few = " and ".join(str(count) for count in first.rehearsed)
         lines.append(f"layers            {first.layers}, extrapolated from {few}; --every_layer true goes through all")
@@ -85,7 +87,11 @@ def as_json(plans: Sequence[tuple[str, MemoryPlan]], found: Sequence[Advice], bu
                 "layers": plan.layers,
                 "rehearsed_layers": list(plan.rehearsed),
                 "moments": {
-                    moment.name: {"peak": moment.peak.total, "parts": _named(moment.peak.parts)}
+                    moment.name: {
+                        "peak": moment.peak.total,
+                        "parts": _named(moment.peak.parts),
+                        "most_logits": moment.logits,
+                    }
                     for moment in plan.moments
                 },
             }
