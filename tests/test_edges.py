@@ -52,7 +52,7 @@ def test_other_held_out_pairs_are_compared_with_the_initial_policy(
 def test_a_learning_rate_of_zero_is_zero(make_hybrid: Any, make_data: Any, make_trainer: Any) -> None:
     module = make_hybrid(preference=DPOModule(lr=0.0))
     make_trainer().fit(module, make_data())
-    factor = module._lr_factor(1e-4)
+    factor = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
     for step in range(module.plan.total_steps):
         phase, _ = module.plan.at(step)
         assert (factor(step) == 0.0) == (phase.objective == "preference")
