@@ -114,7 +114,14 @@ class _Rehearsal:
                 if _is_validated(self.settings.data, name):
                     self._first_figures(objective, name)
         self.optimizer = self.module.optimizer(list(self.policy.trained_parameters().values()))
-        self._settle()
+        with self.tracker.category(Category.GRADIENTS):
+            for parameter in self.policy.trained_parameters().values():
+                parameter.grad = torch.zeros_like(parameter)
+        if self.module.schedule.rounds > 1:  # have what a run has after its first round: states, importance
+            for name in objectives:
+                self._optimizer_step()
+                if self._after(name) != name:
+                    self._switch(name, self._after(name))
         for name, objective in objectives.items():
             if not self.optimizer.state:  # taken away at the switch; from a phase's second window on they are there
                 self._optimizer_step()
@@ -126,7 +133,7 @@ class _Rehearsal:
                 with self._moment(f"{name}: validation"):
                     self._validate(objective, name)
             following = self._after(name)
-            if following != name:
+            if following != name and (self.module.schedule.rounds > 1 or name != list(objectives)[-1]):
                 with self._moment(f"switch to {following}"):
                     self._switch(name, following)
 
@@ -165,15 +172,6 @@ class _Rehearsal:
         with self._precision():
             objective.prepare_evaluation(self.policy.score, [self.held_out[name]])
 
-    def _settle(self) -> None:
-        """Have what a run has after its first round: gradients, optimizer states, importance."""
-        with self.tracker.category(Category.GRADIENTS):
-            for parameter in self.policy.trained_parameters().values():
-                parameter.grad = torch.zeros_like(parameter)
-        for name in self.module.objectives:
-            self._optimizer_step()
-            self._switch(name, self._after(name))
-
     # ---- moments of a round ---------------------------------------------------------------------------------------
 
     def _micro_batch(self, objective: Objective, name: str) -> None:
@@ -206,8 +204,6 @@ class _Rehearsal:
         self.tracker.assign(_tensors(list(self.optimizer.state.values())), Category.OPTIMIZER)
 
     def _switch(self, ended: str, begun: str) -> None:
-        if ended == begun:
-            return
         with self.tracker.category(Category.IMPORTANCE):
             for penalty in self.settings.penalties:
                 penalty.weigh(self.module, ended, begun, self._row_gradients(ended, penalty.importance.samples))
