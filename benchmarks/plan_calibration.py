@@ -2,6 +2,7 @@
 
     python benchmarks/plan_calibration.py                 # all cases, and benchmarks/plan_calibration.md
     python benchmarks/plan_calibration.py --only gpt2     # cases whose name holds this, printed with every moment
+    python benchmarks/plan_calibration.py --base FOLDER   # QLoRA on a base of one's own; its row is added to the table
 
 Every case is a small run of ``hbat fit`` in a process of its own: a phase of SFT and one of DPO, or two of each, on
 rows of the full length, of a model with random weights. What it allocates is read from torch's profiler, which sees
@@ -65,7 +66,7 @@ class Case:
 
     Attributes:
         name: What it shows.
-        model: Its architecture; the embedded model when not given.
+        model: Its architecture, or the folder of a base; the embedded model when not given.
         options: Added to the command.
         length: Tokens of the longest row.
         batch: Rows or pairs in a micro-batch.
@@ -74,7 +75,7 @@ class Case:
     """
 
     name: str
-    model: PretrainedConfig | None
+    model: PretrainedConfig | Path | None
     options: tuple[str, ...] = ()
     length: int = 256
     batch: int = 2
@@ -177,6 +178,8 @@ def write_model(case: Case, folder: Path) -> Path | str:
     """A model with random weights, and the embedded tokenizer, whose ids any of these models has."""
     if case.model is None:
         return embedded.TINY_LLAMA
+    if isinstance(case.model, Path):
+        return case.model.resolve()
     path = folder / "base"
     with embedded.materialise(embedded.TINY_LLAMA) as source:
         for file in Path(source).glob("*token*"):
@@ -267,23 +270,34 @@ def run(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
         return json.loads(report.read_text()), json.loads((folder / "measured.json").read_text())
 
 
+def compare(case: Case) -> tuple[str, dict[str, Any], dict[str, int]]:
+    """A case's row of the table, and what it is made of."""
+    planned, measured = run(case)
+    sizes = [f"{one['peak'] / 1e6:,.1f} MB" for one in (planned, measured)]
+    return f"| {case.name} | {' | '.join(sizes)} | {planned['peak'] / measured['peak']:.3f} |", planned, measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="Only cases whose name holds this; writes no table.")
+    parser.add_argument("--base", type=Path, help="Folder of a base, such as random_llama.py writes.")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         given.report.write_text(json.dumps(measure(json.loads(given.measure))))
         return
+    if given.base is not None:
+        case = Case(f"{given.base.name}, LoRA, NF4, checkpointing, 64 tokens", given.base, (*NF4, *CHECKPOINTED), 64, 1)
+        row, _, _ = compare(case)
+        TABLE.write_text(TABLE.read_text() + row + "\n")
+        print(row)
+        return
     rows = ["| case | planned | measured | planned / measured |", "| --- | ---: | ---: | ---: |"]
     for case in tqdm([case for case in CASES if given.only.lower() in case.name.lower()], desc="cases"):
-        planned, measured = run(case)
-        ratio = planned["peak"] / measured["peak"]
-        rows.append(
-            f"| {case.name} | {planned['peak'] / 1e6:,.1f} MB | {measured['peak'] / 1e6:,.1f} MB | {ratio:.3f} |"
-        )
-        tqdm.write(rows[-1])
+        row, planned, measured = compare(case)
+        rows.append(row)
+        tqdm.write(row)
         if given.only:
             moments = next(iter(planned["plans"].values()))["moments"]
             tqdm.write(json.dumps({name: round(one["peak"] / 1e6, 1) for name, one in moments.items()}))

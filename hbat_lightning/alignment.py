@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hbat_lightning.checkpoint_state import adopt_state, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
-from hbat_lightning.data.rollouts import Prompts, Rollout, RolloutSet
+from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings
@@ -137,7 +137,7 @@ class AlignmentModule(LightningModule):
             self._data.stream.measure_with(self._mean_loss)
             for name, rows in self._data.train_sets.items():
                 if isinstance(rows, RolloutSet):
-                    rows.answer_with(partial(self._roll_out, name))
+                    rows.answer_with(partial(self._roll_out, name, rows.roll_out))
             for note in self._data.notes:
                 rank_zero_info(note)
 
@@ -259,7 +259,9 @@ class AlignmentModule(LightningModule):
                 metric.reset()
 
     @torch.no_grad()
-    def _roll_out(self, objective: str, phase: PhaseKey, prompts: Prompts, seed: int) -> list[list[list[Rollout]]]:
+    def _roll_out(
+        self, objective: str, roll_out: RollOut, phase: PhaseKey, prompts: Prompts, seed: int
+    ) -> list[list[list[Rollout]]]:
         """Have an objective answer prompts; see :data:`~hbat_lightning.data.rollouts.Sampler`.
 
         The stream asks outside of any hook, and for a phase's first rollouts before its first batch is announced: so the
@@ -270,7 +272,7 @@ class AlignmentModule(LightningModule):
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
             torch.manual_seed(seed)
-            rollouts = self.objectives[objective].roll_out(self.policy, prompts, self.device)
+            rollouts = roll_out(self.policy, prompts, self.device)
         self._train_mode(objective)
         return rollouts
 
@@ -295,7 +297,7 @@ class AlignmentModule(LightningModule):
 
         Args:
             phase: The phase whose shard is asked.
-            count: How many rows; fewer where the shard has fewer.
+            count: How many rows; fewer where the shard has fewer, or of prompts fewer have rollouts at hand.
 
         Yields:
             Gradient of the row's summed loss (of its negative log-likelihood, or of its pair's loss) by parameter name;
@@ -305,8 +307,11 @@ class AlignmentModule(LightningModule):
         shard = next(part.shard for part in self.plan.phases if part.index == phase.number)
         trained = self.policy.trained_parameters()
         self.policy.set_training(dropout=False)
-        for row in stream.shards[objective][shard][:count]:
-            batch = MicroBatch(stream.data[objective].collate([row]), objective)
+        data, rows = stream.data[objective], stream.shards[objective][shard]
+        if isinstance(data, RolloutSet):
+            rows = tuple(row for row in rows if row in data.at_hand)
+        for row in rows[:count]:
+            batch = MicroBatch(data.collate([row]), objective)
             inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
                 loss = self.objectives[objective].loss(self.policy, inputs)["loss"][0]

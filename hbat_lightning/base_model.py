@@ -70,20 +70,31 @@ def _folder(name: str) -> Iterator[str]:
         yield name
 
 
+@contextlib.contextmanager
+def _loading(spec: BaseSpec, failed: str, *also: type[Exception]) -> Iterator[str]:
+    """The folder or hub id to load from; what goes wrong inside ends in a line that says what failed, and why.
+
+    Of errors that may be about something else, as a RuntimeError is where memory runs out, only those named in ``also``.
+    """
+    _require_present(spec)
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, *also)
+    with _folder(spec.name) as folder:
+        try:
+            yield folder
+        except expected as error:
+            raise UserError(f"{spec.name}: {failed} ({_first_line(error)}). {_REMEDY}") from error
+
+
 def load_tokenizer(spec: BaseSpec) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the base.
 
     Raises:
         UserError: When there is none to load, with the reason.
     """
-    _require_present(spec)
-    with _folder(spec.name) as folder:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{spec.name}: no tokenizer could be loaded ({_first_line(error)}). {_REMEDY}") from error
+    with _loading(spec, "no tokenizer could be loaded") as folder:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     tokenizer.name_or_path = spec.name  # messages name it; a temporary folder would tell nobody anything
     return tokenizer
 
@@ -105,12 +116,11 @@ def load_config(spec: BaseSpec) -> PretrainedConfig:
     Raises:
         UserError: When there is none to load, with the reason.
     """
-    _require_present(spec)
-    with _folder(spec.name) as folder:
-        try:
-            return AutoConfig.from_pretrained(folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{spec.name}: no config.json could be read ({_first_line(error)}). {_REMEDY}") from error
+    with _loading(spec, "no config.json could be read") as folder:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    return config
 
 
 def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
@@ -128,13 +138,10 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
         arguments |= {"quantization_config": quantization_config(spec), "device_map": {"": device}}
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
-    with _folder(spec.name) as folder:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{spec.name}: the model could not be loaded ({_first_line(error)}). {_REMEDY}") from error
+    with _loading(spec, "the model could not be loaded") as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
+        )
     # A temporary folder must not stand in a saved config; a later load would look for it.
     model.config._name_or_path = model.name_or_path = spec.name
     if spec.quantization != "none":
@@ -155,23 +162,18 @@ def load_classifier(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase, new_outp
     Raises:
         UserError: When it cannot be loaded, or it has another number of outputs, or none.
     """
-    _require_present(spec)
     arguments: dict[str, Any] = {"num_labels": 1} if new_output else {}
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
-    with _folder(spec.name) as folder:
-        try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                dtype=spec.torch_dtype,
-                output_loading_info=True,
-                **arguments,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = _first_line(error)
-            raise UserError(f"{spec.name}: no sequence classifier could be loaded ({reason}). {_REMEDY}") from error
+    with _loading(spec, "no sequence classifier could be loaded", RuntimeError) as folder:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            dtype=spec.torch_dtype,
+            output_loading_info=True,
+            **arguments,
+        )
     if model.config.num_labels != 1:
         raise UserError(f"{spec.name} has {model.config.num_labels} outputs; a reward model has one")
     if found["missing_keys"] and not new_output:

@@ -69,9 +69,9 @@ def _source(
     data: HybridDataModule, name: str, tokenizer: PreTrainedTokenizerBase, seed: int, shards: int, examples: int
 ) -> SourceFindings:
     source = data.source(name)
-    files = [data.parse(name, *source.training)]
+    files = [data.parse(name, source.training)]
     if source.held_out:
-        files.append(data.parse(name, *source.held_out))
+        files.append(data.parse(name, source.held_out))
         train, held_out = files[0].rows, files[1].rows
     else:
         train, held_out = data.hold_out(name, files[0].rows, seed)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hbat_lightning.data.kinds import RowKind
-from hbat_lightning.data.rollouts import Prompts, Rollout
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums
@@ -39,16 +38,13 @@ class Objective(Protocol):
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """See the held-out rows once, with the scores of the initial policy."""
 
-    # ---- what only some objectives have: parameters, state and rollouts of their own ------------------------------
+    # ---- what only some objectives have: parameters and state of their own ------------------------------
 
     def build(self, policy: Policy, device: torch.device) -> None:
         """Make what the objective needs beside the policy, such as a value function. Idempotent."""
 
     def own_parameters(self, policy: Policy) -> Sequence[nn.Parameter]:
         """What trains beside the policy, in this objective's phases only."""
-
-    def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
-        """Answer prompts, in evaluation mode and without a graph: for every prompt its rollouts, in the same grouping."""
 
     def export(self, folder: Path) -> Sequence[str]:
         """Add to an exported policy what belongs to the result beside it; sentences on it for the model card."""

@@ -180,8 +180,9 @@ class Policy(nn.Module):
         """
         if self.lora is None:
             raise UserError(
-                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora, or the {name} a "
-                "model of its own"
+                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora; or take an "
+                "objective without a value function (REINFORCEModule, RLOOModule, GRPOModule), and ClassifierReward for "
+                "a reward"
             )
         if name not in self._further:
             add_adapter(cast(PeftModel, self._model), name, lora, folder)
@@ -364,7 +365,6 @@ class Policy(nn.Module):
 
     # ---- generation and export ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -373,18 +373,7 @@ class Policy(nn.Module):
         stop_token_id: int,
         pad_token_id: int,
     ) -> list[list[int]]:
-        """Complete left-padded prompts.
-
-        Args:
-            input_ids: ``(B, T)``, padded on the left.
-            attention_mask: ``(B, T)``.
-            settings: Sampling.
-            stop_token_id: Ends a completion.
-            pad_token_id: Fills up ended ones.
-
-        Returns:
-            B lists of token ids, each with its stop token if it stopped, without padding.
-        """
+        """Complete left-padded prompts; see :func:`~hbat_lightning.generation.complete`."""
         return complete(self._model, input_ids, attention_mask, settings, stop_token_id, pad_token_id)
 
     @property

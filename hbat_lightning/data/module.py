@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
 Rows = Sequence[Row]
-Place = tuple[str, str | None, int | None, HubSelection]  # what `read_rows` takes
+
+
+class Place(NamedTuple):
+    """Where rows are: what :func:`~hbat_lightning.data.readers.read_rows` takes."""
+
+    path: str
+    split: str | None
+    limit: int | None
+    selection: HubSelection
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class DataSource:
         """A split of ``path``, or of another path, which has no part in what was chosen within ``path``."""
         own = other is None or other == self.path
         selection = HubSelection(self.subset, self.revision, self.data_files) if own else WHOLE
-        return other or self.path, split, limit, selection
+        return Place(other or self.path, split, limit, selection)
 
 
 class HybridDataModule(LightningDataModule):
@@ -277,8 +285,8 @@ class HybridDataModule(LightningDataModule):
     def split(self, name: str, seed: int) -> tuple[Rows, Rows]:
         """The rows of an objective, in canonical form: (training, held-out)."""
         source = self.source(name)
-        rows = self.read(name, *source.training)
-        return (rows, self.read(name, *source.held_out)) if source.held_out else self.hold_out(name, rows, seed)
+        rows = self.read(name, source.training)
+        return (rows, self.read(name, source.held_out)) if source.held_out else self.hold_out(name, rows, seed)
 
     def hold_out(self, name: str, rows: Rows, seed: int) -> tuple[Rows, Rows]:
         """Draw a share of the rows with the run's seed: (training, held-out)."""
@@ -290,37 +298,22 @@ class HybridDataModule(LightningDataModule):
             parts[number in held_out].append(row)
         return parts
 
-    def parse(
-        self,
-        name: str,
-        path: str,
-        split: str | None = None,
-        limit: int | None = None,
-        selection: HubSelection = WHOLE,
-    ) -> ParsedFile:
+    def parse(self, name: str, place: Place) -> ParsedFile:
         """Read a file into canonical rows, and collect the faults of single rows.
 
         Raises:
             UserError: The file as a whole cannot be used.
         """
-        raw = read_rows(path, split, limit, selection)
-        rows, faults, found = self.kinds[name].parse(raw, self.source(name).format)
-        return ParsedFile(path, found, rows, faults)
+        rows, faults, found = self.kinds[name].parse(read_rows(*place), self.source(name).format)
+        return ParsedFile(place.path, found, rows, faults)
 
-    def read(
-        self,
-        name: str,
-        path: str,
-        split: str | None = None,
-        limit: int | None = None,
-        selection: HubSelection = WHOLE,
-    ) -> Rows:
+    def read(self, name: str, place: Place) -> Rows:
         """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
-        file = self.parse(name, path, split, limit, selection)
+        file = self.parse(name, place)
         self._drop(name, file.faults)
         if not file.rows:
-            raise DataError("no usable row", path, remedy="Run hbat inspect to see why")
-        self.notes.append(f"{name}: {path} read as {file.format}")
+            raise DataError("no usable row", place.path, remedy="Run hbat inspect to see why")
+        self.notes.append(f"{name}: {place.path} read as {file.format}")
         return file.rows
 
     def is_fatal(self, fault: DataError) -> bool:
@@ -343,7 +336,7 @@ class HybridDataModule(LightningDataModule):
         """Prompts with the data's answers, for ``test`` and ``predict``."""
         name = self.prompt_source
         source, encoder = self.source(name), self.encoder(name, tokenizer)
-        rows: Rows = self.read(name, *source.testing) if source.testing else self.split(name, seed)[1]
+        rows: Rows = self.read(name, source.testing) if source.testing else self.split(name, seed)[1]
         if not rows:
             raise UserError(f"no held-out prompts: give --data.init_args.{name}.test_path, val_path or val_fraction")
         prompts = []

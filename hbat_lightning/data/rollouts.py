@@ -76,8 +76,11 @@ class Rollout:
 Prompts = Sequence[Sequence[list[int]]]
 """Ids of prompts, grouped as micro-batches will be."""
 
+RollOut = Callable[[Any, Prompts, torch.device], list[list[list[Rollout]]]]
+"""The policy, prompts, where the policy is -> for every prompt its rollouts, in the same grouping."""
+
 Sampler = Callable[[PhaseKey, Prompts, int], list[list[list[Rollout]]]]
-"""Phase, prompts, seed -> for every prompt its rollouts, in the same grouping."""
+"""Phase, prompts, seed -> the same, from the policy as it is in that phase."""
 
 
 def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Tensor]:
@@ -104,16 +107,21 @@ class RolloutSet(SampledSet):
         pad_id: Fills up short rows.
         cycle: How many windows' worth are sampled at once, and how often they are trained on.
         count: What a rollout counts in the mean of the loss: its tokens, or 1.
+        roll_out: How the objective that these rows are for answers them.
     """
 
     def __init__(
-        self, rows: Sequence[list[int]], source: str, pad_id: int, cycle: Cycle, count: Callable[[Rollout], int]
+        self,
+        rows: Sequence[list[int]],
+        source: str,
+        pad_id: int,
+        cycle: Cycle,
+        count: Callable[[Rollout], int],
+        roll_out: RollOut,
     ) -> None:
-        self.rows, self.source, self.pad_id, self.cycle, self.count = list(rows), source, pad_id, cycle, count
-        digest = hashlib.blake2b(digest_size=8)
-        for row in self.rows:
-            digest.update(np.array(row, dtype=np.int32).tobytes())
-        self.digest = digest.hexdigest()
+        self.rows, self.source, self.pad_id, self.cycle = list(rows), source, pad_id, cycle
+        self.count, self.roll_out = count, roll_out
+        self.digest = _digest(self.rows)
         self._sampler: Sampler | None = None
         self._key = ""
         self._rollouts: dict[int, list[Rollout]] = {}
@@ -122,8 +130,13 @@ class RolloutSet(SampledSet):
         """Number of prompts."""
         return len(self.rows)
 
+    @property
+    def at_hand(self) -> frozenset[int]:
+        """Numbers of the rows that have rollouts now."""
+        return frozenset(self._rollouts)
+
     def answer_with(self, sampler: Sampler) -> None:
-        """Say who answers the prompts."""
+        """Say who has the policy answer the prompts."""
         self._sampler = sampler
 
     def sample(self, phase: PhaseKey, key: str, micro_batches: Sequence[Sequence[int]], seed: int) -> None:
@@ -176,7 +189,7 @@ class PromptSet:
 
     def __init__(self, rows: Sequence[list[int]], source: str, pad_id: int) -> None:
         self.rows, self.source, self.pad_id = list(rows), source, pad_id
-        self.digest = RolloutSet(rows, source, pad_id, Cycle(), lambda _: 1).digest
+        self.digest = _digest(self.rows)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -193,3 +206,10 @@ class PromptSet:
     def blank(self) -> dict[str, Tensor]:
         """A prompt; held-out rows need no blank ones."""
         return self.collate([0])
+
+
+def _digest(rows: Sequence[list[int]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(np.array(row, dtype=np.int32).tobytes())
+    return digest.hexdigest()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hbat_lightning.alignment import AlignmentModule, OptimizerState
 from hbat_lightning.data.kinds import RowKind
-from hbat_lightning.data.rollouts import Prompts, Rollout
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.optimization import default_optimizer
@@ -94,10 +93,6 @@ class ObjectiveModule(AlignmentModule):
     def own_parameters(self, policy: Policy) -> Sequence[nn.Parameter]:
         """None, unless something trains beside the policy."""
         return ()
-
-    def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
-        """Only objectives that train on sampled completions do."""
-        raise NotImplementedError(f"{type(self).__name__} trains on data, not on rollouts")
 
     def export(self, folder: Path) -> Sequence[str]:
         """Nothing to add to the exported policy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,7 @@ class RolloutModule(ObjectiveModule):
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def rows(self) -> RowKind:  # type: ignore[override]
         """Prompts, from any format; the answers in the data are not looked at."""
         return RowKind("prompts", parse_prompts, self._encode, self._collect, held_out=PromptSet)
@@ -110,7 +111,7 @@ class RolloutModule(ObjectiveModule):
         return encode_opening(encoder, row, self.sampling.max_new_tokens)
 
     def _collect(self, rows: Sequence[list[int]], source: str, pad_id: int) -> RolloutSet:
-        return RolloutSet(rows, source, pad_id, self.cycle, self.count)
+        return RolloutSet(rows, source, pad_id, self.cycle, self.count, self.roll_out)
 
     def count(self, rollout: Rollout) -> int:
         """What a completion counts in the mean of the loss: its tokens."""
@@ -143,7 +144,7 @@ class RolloutModule(ObjectiveModule):
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
     def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
-        """Sample, score, reward, and settle what the loss will need."""
+        """Sample, score, reward, and settle what the loss will need; in evaluation mode and without a graph."""
         groups = [self._sample(policy, part, device) for part in prompts]
         for group in groups:
             self._look(policy, group, device)

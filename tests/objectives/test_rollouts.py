@@ -15,6 +15,8 @@ from torch import Tensor
 from hbat_lightning import DataSource, GenerationSettings, HybridDataModule, LoraSettings
 from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
 from hbat_lightning.data import embedded
+from hbat_lightning.errors import UserError
+from hbat_lightning.importance import ExactFisher
 from hbat_lightning.objectives.critic_free import GRPOModule, REINFORCEModule, RLOOModule
 from hbat_lightning.objectives.ppo import PPOModule
 from hbat_lightning.objectives.rollout import RolloutModule
@@ -351,3 +353,27 @@ def test_a_group_of_one_is_refused() -> None:
 def test_rounds_over_shards_sample_each_prompt_once_per_epoch(train: Any) -> None:
     run = train(make(REINFORCEModule), schedule=Rounds(2, 1, 1))
     assert run.trainer.global_step == run.module.plan.total_steps
+
+
+def test_exact_fisher_after_rollouts_is_of_those_at_hand(train: Any) -> None:
+    ewc = ElasticWeightConsolidation(1.0, ExactFisher(samples=3, per_element=True))
+    run = train(make(REINFORCEModule), ewc)
+    held = ewc.state_dict()["held_for"]["instruction"]
+    assert any(bool(value.any()) for value in held.values())
+    assert run.trainer.global_step == run.module.plan.total_steps
+
+
+def test_prompts_are_read_and_encoded_once(train: Any) -> None:
+    run = train(make(REINFORCEModule))
+    before = run.data.train_sets["preference"]
+    run.data.expect(run.module.objectives)
+    assert run.data.train_sets["preference"] is before
+
+
+def test_a_value_function_in_a_full_fine_tune_is_refused_with_what_there_is_instead(
+    train: Any, make_policy: Any
+) -> None:
+    with pytest.raises(UserError, match="REINFORCEModule, RLOOModule, GRPOModule"):
+        train(make(PPOModule), policy=make_policy(lora=None))
+    run = train(make(RLOOModule), policy=make_policy(lora=None))
+    assert run.first_preference_rows()[0]["train/preference/ratio"] == 1.0
