@@ -247,7 +247,7 @@ class _Export:
             return []
         self.data.expect(self.module.objectives)
         try:
-            prompts = self.data.load_prompts(self.module.policy.tokenizer, self.module.run_seed)
+            prompts = self.data.load_prompts(self.module.policy.tokenizer, self.module.run_seed, compared=False)
         except UserError as error:
             raise UserError(f"{error}; --prompts 0 writes without comparing logits") from error
         return [prompt.input_ids for prompt in prompts[: self.config.prompts]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbat_lightning.data.fields import Row
+from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.data.module import HybridDataModule, ParsedFile, Rows, pad_id, with_bar
 from hbat_lightning.data.tokenization import Encoded, Encoder
 from hbat_lightning.errors import DataError
@@ -76,7 +77,7 @@ def _source(
     else:
         train, held_out = data.hold_out(name, files[0].rows, seed)
     audits = {
-        part: _Part(data.encoder(name, tokenizer, count_merges=True), keep)
+        part: _Part(data.encoder(name, tokenizer, count_merges=True), data.kinds[name], keep)
         for part, keep in (("training", examples), ("held_out", 0))
     }
     for (part, audited), rows in zip(audits.items(), (train, held_out), strict=True):
@@ -102,11 +103,12 @@ class _Part:
 
     Args:
         encoder: Encodes them; used for nothing else, since it counts too.
+        kind: Which kind of rows they are.
         keep: Usable rows to keep as examples.
     """
 
-    def __init__(self, encoder: Encoder, keep: int) -> None:
-        self.encoder, self.keep = encoder, keep
+    def __init__(self, encoder: Encoder, kind: RowKind, keep: int) -> None:
+        self.encoder, self.kind, self.keep = encoder, kind, keep
         self.faults: list[DataError] = []
         self.examples: list[Example] = []
         self.rows = self.usable = self.over_length = self.unsupervised = self.answers = self.stopped = 0
@@ -122,23 +124,25 @@ class _Part:
                 self.faults.append(fault)
 
     def _row(self, row: Row) -> None:
-        draft = self.encoder.draft(row)
+        draft, encoded = self.kind.audit(self.encoder, row)
         prompt, answers = draft.lengths
         self._measure(prompt, answers)
         self.over_length += prompt + max(answers) > self.encoder.max_length
-        encoded = self.encoder.fit(row, draft)
         if encoded is None:
             return
         self.usable += 1
         for side in encoded:
-            self._answer(side)
-        # The first token is never predicted, so it does not count as learnt.
-        self.unsupervised += not all(side.supervised[1:].any() for side in encoded)
+            self._opening(side)
+        if self.kind.answered:
+            for side in encoded:
+                self._answer(side)
+            # The first token is never predicted, so it does not count as learnt.
+            self.unsupervised += not all(side.supervised[1:].any() for side in encoded)
         if self.usable <= self.keep:
-            names = ("",) if len(encoded) == 1 else (", chosen", ", rejected")
+            names = (", chosen", ", rejected") if len(draft.answers) == 2 else ("", *(", continued",) * len(encoded))
             self.examples += [
                 Example(f"{row.source}, row {row.number}{name}", side.input_ids.tolist(), side.supervised.tolist())
-                for name, side in zip(names, encoded, strict=True)
+                for name, side in zip(names, encoded, strict=False)
             ]
 
     def _measure(self, prompt: int, answers: list[int]) -> None:
@@ -151,6 +155,8 @@ class _Part:
     def _answer(self, side: Encoded) -> None:
         self.answers += 1
         self.stopped += bool(side.supervised[-1]) and int(side.input_ids[-1]) == self.encoder.stop_token_id
+
+    def _opening(self, side: Encoded) -> None:
         bos = self.encoder.tokenizer.bos_token_id
         count = 0 if bos is None else int((side.input_ids == bos).sum())
         self.bos[("none", "one", "more")[min(count, 2)]] += 1

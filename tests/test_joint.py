@@ -86,11 +86,11 @@ def test_what_cannot_be_is_refused(make_hybrid: Any, fit: Any) -> None:
 # ---- training -----------------------------------------------------------------------------------------------------------
 
 
-def joined(make_hybrid: Any, policy: Any, schedule: Schedule, preference: Any = None) -> Any:
+def joined(make_hybrid: Any, policy: Any, schedule: Schedule, preference: Any = None, instruction: Any = None) -> Any:
     return make_hybrid(
         policy,
         schedule=schedule,
-        instruction=SFTModule(),
+        instruction=instruction or SFTModule(),
         preference=preference or DPOModule(beta=0.5),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1),
     )

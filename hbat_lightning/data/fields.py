@@ -33,13 +33,13 @@ class Message:
 
 
 class Row(Protocol):
-    """A row in canonical form: a prompt and one answer or several.
+    """A row in canonical form: a prompt and its answers.
 
     Attributes:
         source: Where it comes from.
         number: Which row of it.
         prompt: A conversation that waits for an answer.
-        answers: The answers that the data hold; the first is the one to give.
+        answers: The answers that the data hold, if any; the first is the one to give.
     """
 
     @property
@@ -106,6 +106,39 @@ class FeedbackRow:
     def answers(self) -> tuple[str]:
         """The one answer."""
         return (self.completion,)
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt without an answer, for policies that sample their own."""
+
+    source: str
+    number: int
+    prompt: tuple[Message, ...]
+
+    @property
+    def answers(self) -> tuple[()]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A plain text, which no template writes."""
+
+    source: str
+    number: int
+    text: str
+
+    @property
+    def prompt(self) -> tuple[Message]:
+        """The text as something that is said, by which the audit compares rows."""
+        return (Message("user", self.text),)
+
+    @property
+    def answers(self) -> tuple[()]:
+        """None."""
+        return ()
 
 
 # Every name that data sets in the wild give to the three roles.
@@ -224,6 +257,11 @@ def preference_row(row: RawRow, prompt: tuple[Message, ...], chosen: str, reject
 def feedback_row(row: RawRow, prompt: tuple[Message, ...], completion: str, desirable: bool) -> FeedbackRow:
     """A prompt with one answer and the verdict on it."""
     return FeedbackRow(row.source, row.number, checked_prompt(row, prompt), completion, desirable)
+
+
+def prompt_row(row: RawRow, prompt: tuple[Message, ...]) -> PromptRow:
+    """A prompt alone."""
+    return PromptRow(row.source, row.number, checked_prompt(row, prompt))
 
 
 def post_prompt(row: RawRow, values: dict[str, Any], prefix: str = "") -> tuple[Message, ...]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow
-from hbat_lightning.data.layouts import FEEDBACK_FORMATS, INSTRUCTION_FORMATS, PREFERENCE_FORMATS, Format, Row
+from hbat_lightning.data.layouts import (
+    FEEDBACK_FORMATS,
+    INSTRUCTION_FORMATS,
+    PREFERENCE_FORMATS,
+    PROMPT_FORMATS,
+    TEXT_FORMATS,
+    Format,
+    Row,
+)
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.errors import DataError, UserError
 
@@ -15,6 +23,8 @@ __all__ = [
     "FEEDBACK_FORMATS",
     "INSTRUCTION_FORMATS",
     "PREFERENCE_FORMATS",
+    "PROMPT_FORMATS",
+    "TEXT_FORMATS",
     "FeedbackRow",
     "Format",
     "InstructionRow",
@@ -24,6 +34,7 @@ __all__ = [
     "parse_instructions",
     "parse_preferences",
     "parse_prompts",
+    "parse_texts",
 ]
 
 
@@ -54,6 +65,16 @@ _INSTRUCTION = _Kind(
             PREFERENCE_FORMATS,
             "Name the file under `data.preference.path`, and a file of instruction data here",
         ),
+        (
+            "text",
+            TEXT_FORMATS,
+            "Train LanguageModelModule with it; or write every row as prompt and completion",
+        ),
+        (
+            "prompt",
+            PROMPT_FORMATS,
+            "Add the answers; prompts alone are for objectives that learn from a reward, such as PPOModule",
+        ),
     ),
 )
 _PREFERENCE = _Kind(
@@ -65,6 +86,11 @@ _PREFERENCE = _Kind(
             "instruction",
             INSTRUCTION_FORMATS,
             "Name the file under `data.instruction.path`, and a file of preference data here",
+        ),
+        (
+            "prompt",
+            PROMPT_FORMATS,
+            "Add two answers to each; prompts alone are for objectives that learn from a reward, such as PPOModule",
         ),
     ),
 )
@@ -87,7 +113,9 @@ _FEEDBACK = _Kind(
 )
 
 
-_PROMPT: _Kind[Any] = _Kind("prompt", (*INSTRUCTION_FORMATS, *PREFERENCE_FORMATS, *FEEDBACK_FORMATS), True, ())
+_WITH_PROMPTS: tuple[Format[Any], ...] = (*PROMPT_FORMATS, *INSTRUCTION_FORMATS, *PREFERENCE_FORMATS, *FEEDBACK_FORMATS)
+_PROMPT: _Kind[Any] = _Kind("prompt", _WITH_PROMPTS, True, ())
+_TEXT: _Kind[Any] = _Kind("text", (*TEXT_FORMATS, *_WITH_PROMPTS), True, ())
 
 
 def parse_instructions(
@@ -124,6 +152,11 @@ def parse_feedback(rows: Sequence[RawRow], format: str | None = None) -> tuple[l
 def parse_prompts(rows: Sequence[RawRow], format: str | None = None) -> tuple[list[Any], list[DataError], str]:
     """Bring data of any kind into its canonical form, for the prompts in it; otherwise as `parse_instructions`."""
     return _parse(rows, format, _PROMPT)
+
+
+def parse_texts(rows: Sequence[RawRow], format: str | None = None) -> tuple[list[Any], list[DataError], str]:
+    """Bring texts, or data of any kind for the prompts in it, into canonical form; otherwise as `parse_instructions`."""
+    return _parse(rows, format, _TEXT)
 
 
 def _parse(rows: Sequence[RawRow], name: str | None, kind: _Kind[Row]) -> tuple[list[Row], list[DataError], str]:

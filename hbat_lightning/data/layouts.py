@@ -17,6 +17,8 @@ from hbat_lightning.data.fields import (
     InstructionRow,
     Message,
     PreferenceRow,
+    PromptRow,
+    TextRow,
     checked_text,
     column_text,
     fault,
@@ -25,6 +27,7 @@ from hbat_lightning.data.fields import (
     optional_text,
     post_prompt,
     preference_row,
+    prompt_row,
     read_answer,
     read_choice,
     read_prompt,
@@ -35,10 +38,11 @@ from hbat_lightning.data.fields import (
 )
 from hbat_lightning.data.readers import RawRow
 
-Row = TypeVar("Row", InstructionRow, PreferenceRow, FeedbackRow)
+Row = TypeVar("Row", InstructionRow, PreferenceRow, FeedbackRow, PromptRow, TextRow)
 
 _VERDICT_COLUMNS = ("label", "kto_tag")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
+_ANSWER_COLUMNS = ("output", "completion", "summary", "chosen", "rejected", "label", "kto_tag", "output_1", "output_2")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -280,6 +284,51 @@ class MessagesFeedback(Format[FeedbackRow]):
         return feedback_row(row, (*system_messages(row), *before), answer, read_verdict(row, _VERDICT_COLUMNS))
 
 
+class PromptAlone(Format[PromptRow]):
+    """A prompt without an answer, as text, as messages or as the fields of a Reddit post."""
+
+    name, columns = "prompt", "prompt (or instruction, question; or subreddit, title, post), and no answer"
+
+    def matches(self, columns: frozenset[str], first: RawRow) -> bool:
+        asks = not columns.isdisjoint(_PROMPT_COLUMNS) or {"subreddit", "title", "post"} <= columns
+        return asks and columns.isdisjoint((*_ANSWER_COLUMNS, "messages", "conversations"))
+
+    def parse(self, row: RawRow) -> PromptRow:
+        column = next((column for column in _PROMPT_COLUMNS if column in row.values), None)
+        if column is None and "post" in row.values:
+            return prompt_row(row, post_prompt(row, row.values))
+        return prompt_row(row, (*system_messages(row), *read_prompt(row, column or _PROMPT_COLUMNS[0])))
+
+
+class OpenMessages(Format[PromptRow]):
+    """A conversation that ends with the user."""
+
+    name, columns = "open_messages", "messages (or conversations), the last one a user's (and system)"
+
+    def matches(self, columns: frozenset[str], first: RawRow) -> bool:
+        if columns.isdisjoint(("messages", "conversations")) or not columns.isdisjoint(_ANSWER_COLUMNS):
+            return False
+        turns = first.values.get("messages", first.values.get("conversations"))
+        last = turns[-1] if isinstance(turns, list) and turns else None
+        return isinstance(last, dict) and str(last.get("role", last.get("from"))).lower() in ("user", "human")
+
+    def parse(self, row: RawRow) -> PromptRow:
+        column = "messages" if "messages" in row.values else "conversations"
+        return prompt_row(row, (*system_messages(row), *read_turns(row, value_of(row, column), column)))
+
+
+class PlainText(Format[TextRow]):
+    """A text, of which every token is learnt; a file of lines has no other column."""
+
+    name, columns = "text", "text"
+
+    def matches(self, columns: frozenset[str], first: RawRow) -> bool:
+        return "text" in columns
+
+    def parse(self, row: RawRow) -> TextRow:
+        return TextRow(row.source, row.number, column_text(row, "text"))
+
+
 INSTRUCTION_FORMATS: tuple[Format[InstructionRow], ...] = (
     Alpaca(),
     PromptCompletion(),
@@ -298,3 +347,8 @@ FEEDBACK_FORMATS: tuple[Format[FeedbackRow], ...] = (
     Feedback(),
     MessagesFeedback(),
 )
+PROMPT_FORMATS: tuple[Format[PromptRow], ...] = (
+    PromptAlone(),
+    OpenMessages(),
+)
+TEXT_FORMATS: tuple[Format[TextRow], ...] = (PlainText(),)

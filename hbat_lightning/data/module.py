@@ -186,7 +186,7 @@ class HybridDataModule(LightningDataModule):
             accumulate = cast(Any, self.trainer).accumulate_grad_batches
             self._stream = WindowStream(module.schedule, self.train_sets, self.batch_size, accumulate, module.run_seed)
         if stage in ("test", "predict"):
-            self._prompts = self.load_prompts(tokenizer, module.run_seed)
+            self._prompts = self.load_prompts(tokenizer, module.run_seed, compared=stage == "test")
 
     @property
     def stream(self) -> WindowStream:
@@ -329,11 +329,22 @@ class HybridDataModule(LightningDataModule):
 
     @property
     def prompt_source(self) -> str:
-        """Whose rows ``test`` and ``predict`` complete: instructions, or where there are none the pairs' prompts."""
-        return INSTRUCTION if self.sources[INSTRUCTION] is not None else PREFERENCE
+        """Whose rows ``test`` and ``predict`` complete: instructions, or where these have no prompts the pairs'."""
+        return next(
+            (name for name in self.sources if self.sources[name] is not None and self.kinds[name].prompted), PREFERENCE
+        )
 
-    def load_prompts(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
-        """Prompts with the data's answers, for ``test`` and ``predict``."""
+    def load_prompts(self, tokenizer: PreTrainedTokenizerBase, seed: int, compared: bool) -> list[Prompt]:
+        """Prompts with the data's answers, for ``test`` and ``predict``.
+
+        Args:
+            tokenizer: The tokenizer of the model.
+            seed: Seed of the run, which decides what is held out.
+            compared: Whether completions will be compared with the answers.
+
+        Raises:
+            UserError: There are no prompts, or no answers to compare with.
+        """
         name = self.prompt_source
         source, encoder = self.source(name), self.encoder(name, tokenizer)
         rows: Rows = self.read(name, source.testing) if source.testing else self.split(name, seed)[1]
@@ -341,13 +352,15 @@ class HybridDataModule(LightningDataModule):
             raise UserError(f"no held-out prompts: give --data.init_args.{name}.test_path, val_path or val_fraction")
         prompts = []
         for row in rows:
-            try:
-                ids = encoder.encode_prompt(row.prompt)
-            except UserError as error:  # a template knows no rows
-                raise DataError(str(error), row.source, row.number) from error
+            if compared and not row.answers:
+                message = "the row has no answer that a completion could be compared with"
+                raise DataError(
+                    message, row.source, row.number, f"Complete it with hbat predict, or give {name}.test_path"
+                )
+            ids = encoder.encode_prompt_of(row)
             text = "".join(segment.text for segment in encoder.template.segments(row.prompt))
             text = text.removeprefix(str(tokenizer.bos_token or ""))
-            prompts.append(Prompt(ids, text, row.answers[0]))
+            prompts.append(Prompt(ids, text, row.answers[0] if row.answers else ""))
         return prompts
 
     def _encode(self, name: str, rows: Rows, encoder: Encoder) -> list[Any]:

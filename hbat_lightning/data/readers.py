@@ -18,7 +18,7 @@ from typing import Any
 from hbat_lightning import hub
 from hbat_lightning.errors import DataError, UserError
 
-_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(suffix + ".gz" for suffix in _TEXT_SUFFIXES), ".parquet")
 _EMBEDDED = "embedded://"
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -70,8 +70,9 @@ def read_rows(
     """Read the rows of a file, a folder or a data set on the hub.
 
     Args:
-        path: A `.json`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` file (also with `.gz`), a `.parquet` file, a folder
-            written by `datasets.save_to_disk`, a folder of such files, an `embedded://` address, or a hub id
+        path: A `.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv` or `.txt` file (also with `.gz`; of the last every line is a
+            row with the column `text`), a `.parquet` file, a folder written by `datasets.save_to_disk`, a folder of such
+            files (text files count only where there are no others), an `embedded://` address, or a hub id
             (`owner/name`). The network is used only for a hub id, when nothing of that name is on disk.
         split: The split of a folder or hub data set; `None` means the only one there is, or `train` on the hub. Of a
             hub data set also a slice, such as `validation[:500]`.
@@ -175,6 +176,8 @@ def _read_file(place: Path) -> Iterator[RawRow]:
         return _read_json(str(place), text)
     if kind in (".jsonl", ".ndjson"):
         return _read_json_lines(str(place), text)
+    if kind == ".txt":
+        return _read_lines(str(place), text)
     return _read_table(str(place), text, delimiter="\t" if kind == ".tsv" else ",")
 
 
@@ -267,6 +270,11 @@ def _read_json_lines(source: str, text: str) -> Iterator[RawRow]:
         yield _row(source, number, values)
 
 
+def _read_lines(source: str, text: str) -> Iterator[RawRow]:
+    lines = ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1))
+    return (RawRow(source, number, {"text": line}) for number, line in lines if line.strip())
+
+
 def _read_table(source: str, text: str, delimiter: str) -> Iterator[RawRow]:
     previous_limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields beyond 128 KiB
     try:
@@ -326,10 +334,16 @@ def _read_folder(folder: Path, split: str | None) -> Iterator[RawRow]:
         and file.name not in _BOOKKEEPING
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
+    if any(not _is_lines(file) for file in files):
+        files = [file for file in files if not _is_lines(file)]  # a licence or a note beside the rows
     if not files:
         known = ", ".join(_SUFFIXES)
         raise DataError("the folder holds no data files", str(folder), remedy=f"Put files in it that end in {known}")
     return chain.from_iterable(_read_file(file) for file in _files_of_split(folder, files, split))
+
+
+def _is_lines(file: Path) -> bool:
+    return file.name.lower().removesuffix(".gz").endswith(".txt")
 
 
 def _files_of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:

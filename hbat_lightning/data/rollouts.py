@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.data.fields import Row
+from hbat_lightning.data.kinds import Audited
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
-from hbat_lightning.errors import DataError, UserError
 from hbat_lightning.stream import Cycle, SampledSet
 from hbat_lightning.switches import PhaseKey
 
@@ -33,13 +33,19 @@ def encode_opening(encoder: Encoder, row: Row, room: int) -> list[int] | None:
     Raises:
         DataError: The template cannot write it, or it is too long under the policy.
     """
-    try:
-        ids = encoder.encode_prompt(row.prompt)
-    except UserError as error:  # a template knows no rows
-        raise DataError(str(error), row.source, row.number) from error
-    answer = Ids([0] * room, [True] * room)
-    fitted = encoder.fit(row, Draft(Ids(ids, [False] * len(ids)), [answer]))
-    return None if fitted is None else fitted[0].input_ids[: fitted[0].prompt_length].tolist()
+    opening = audit_opening(encoder, row, room).encoded
+    return None if opening is None else opening[0].input_ids.tolist()
+
+
+def audit_opening(encoder: Encoder, row: Row, room: int) -> Audited:
+    """A row's prompt as :func:`encode_opening` encodes it, behind it so many tokens as the longest answer may have."""
+    ids = encoder.encode_prompt_of(row)
+    draft = Draft(Ids(ids, [False] * len(ids)), [Ids([0] * room, [True] * room)])
+    fitted = encoder.fit(row, draft)
+    if fitted is None:
+        return Audited(draft, None)
+    length = fitted[0].prompt_length
+    return Audited(draft, [Encoded(fitted[0].input_ids[:length], fitted[0].supervised[:length], length)])
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow, Row
+from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow, Row, TextRow
 from hbat_lightning.data.templates import Segment, Template, special_token_ids
 from hbat_lightning.errors import DataError, LengthError, UserError
 
@@ -137,7 +137,8 @@ class Encoder:
         alternatives = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)"
         self._special = re.compile(f"({alternatives})")
         self._protected = re.compile(f"{_OPEN}({alternatives}){_CLOSE}")
-        self._bos = _default_bos(tokenizer) if not template.writes_bos else None
+        self._own_bos = _default_bos(tokenizer)
+        self._bos = None if template.writes_bos else self._own_bos
         self._anchor_ids: dict[tuple[str, bool], list[int]] = {}
 
     # --- rows -----------------------------------------------------------------------------------------------------
@@ -180,6 +181,32 @@ class Encoder:
         fitted = self.fit(row, self.draft(row))
         return None if fitted is None else (fitted[0], row.desirable)
 
+    def encode_text(self, row: Row) -> list[Encoded]:
+        """Encode a plain text with its eos, or a row's prompt as generation starts from it: all of it is learnt.
+
+        Returns:
+            Pieces of at most `max_length` tokens, each behind a bos where the tokenizer has one: a text is as long as it
+            is, so the truncation policy does not apply. A last piece of a single token is left out, since nothing comes
+            before it.
+
+        Raises:
+            DataError: The template cannot write the prompt.
+        """
+        bos = [] if self._own_bos is None else [self._own_bos]
+        if isinstance(row, TextRow):
+            ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+        else:
+            ids = self.encode_prompt_of(row)
+        ids = ids[len(bos) :] if bos and ids[:1] == bos else ids
+        room = self.max_length - len(bos)
+        pieces = [bos + ids[begin : begin + room] for begin in range(0, len(ids), room)]
+        self.counts["kept"] += 1
+        return [
+            Encoded(np.array(piece, dtype=np.int32), np.ones(len(piece), dtype=bool), 0)
+            for piece in pieces
+            if len(piece) > 1
+        ]
+
     def draft(self, row: Row) -> Draft:
         """Encode a row at its full length.
 
@@ -192,6 +219,17 @@ class Encoder:
         if isinstance(row, InstructionRow):
             return Draft(prompt, answers)
         return Draft(Ids(prompt.ids, [False] * len(prompt.ids)), answers)
+
+    def encode_prompt_of(self, row: Row) -> list[int]:
+        """The same for a row's prompt.
+
+        Raises:
+            DataError: The template cannot write it.
+        """
+        try:
+            return self.encode_prompt(row.prompt)
+        except UserError as error:  # a template knows no rows
+            raise DataError(str(error), row.source, row.number) from error
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from.

@@ -4,6 +4,7 @@ from hbat_lightning.objectives.base import ObjectiveModule
 from hbat_lightning.objectives.critic_free import GRPOModule, REINFORCEModule, RLOOModule
 from hbat_lightning.objectives.dpo import DPOModule, HingeModule, IPOModule, RobustDPOModule, RPOModule
 from hbat_lightning.objectives.kto import KTOModule
+from hbat_lightning.objectives.language_model import LanguageModelModule
 from hbat_lightning.objectives.pairwise import PairwiseModule
 from hbat_lightning.objectives.ppo import PPOModule
 from hbat_lightning.objectives.reference_free import ORPOModule, RRHFModule, SimPOModule
@@ -18,6 +19,7 @@ __all__ = [
     "HingeModule",
     "IPOModule",
     "KTOModule",
+    "LanguageModelModule",
     "ORPOModule",
     "ObjectiveModule",
     "PPOModule",

@@ -17,6 +17,7 @@ from hbat_lightning.data.rollouts import (
     PromptSet,
     Rollout,
     RolloutSet,
+    audit_opening,
     collate_rollouts,
     encode_opening,
 )
@@ -104,7 +105,15 @@ class RolloutModule(ObjectiveModule):
     @cached_property
     def rows(self) -> RowKind:  # type: ignore[override]
         """Prompts, from any format; the answers in the data are not looked at."""
-        return RowKind("prompts", parse_prompts, self._encode, self._collect, held_out=PromptSet)
+        return RowKind(
+            "prompts",
+            parse_prompts,
+            self._encode,
+            self._collect,
+            held_out=PromptSet,
+            answered=False,
+            audit=lambda encoder, row: audit_opening(encoder, row, self.sampling.max_new_tokens),
+        )
 
     def _encode(self, encoder: Encoder, row: Any) -> list[int] | None:
         self._stop = encoder.stop_token_id

@@ -119,7 +119,7 @@ def test_predictions_are_a_row_per_prompt(make_policy: Any, make_data: Any, make
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     tokenizer = module.policy.tokenizer
-    for row, prompt in zip(rows, data.load_prompts(tokenizer, module.run_seed), strict=True):
+    for row, prompt in zip(rows, data.load_prompts(tokenizer, module.run_seed, compared=False), strict=True):
         assert row["reference"] == prompt.completion.strip()
         assert row["prompt"] == prompt.text
         assert 1 <= row["tokens"] <= 5

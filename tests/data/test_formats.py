@@ -333,9 +333,9 @@ class TestWholeFiles:
 
     def test_unknown_columns(self) -> None:
         with pytest.raises(
-            DataError, match=r"no format of instruction data fits the columns text.*alpaca: instruction"
+            DataError, match=r"no format of instruction data fits the columns body.*alpaca: instruction"
         ):
-            parse_instructions(raw({"text": "x"}))
+            parse_instructions(raw({"body": "x"}))
 
     def test_format_that_the_columns_do_not_fit(self) -> None:
         with pytest.raises(DataError, match=r"the format alpaca needs the columns instruction, output .*found: prompt"):

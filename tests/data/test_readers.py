@@ -152,7 +152,7 @@ class TestFolders:
         assert "no file of the split 'dev'" in fault(str(tmp_path), split="dev")
 
     def test_folder_without_data(self, tmp_path: Path) -> None:
-        write(tmp_path / "notes.txt", "x")
+        write(tmp_path / "notes.doc", "x")
         assert "holds no data files" in fault(str(tmp_path))
 
 
@@ -302,7 +302,7 @@ class TestFaults:
         assert "UTF-8" in message.split("line 2")[1]
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
-        message = fault(write(tmp_path / "a.txt", "x"))
+        message = fault(write(tmp_path / "a.doc", "x"))
         assert "kind of file is not known" in message
         assert ".jsonl" in message
 

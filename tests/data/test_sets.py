@@ -97,7 +97,7 @@ def test_prompt_ids_are_those_of_training_and_answers_end_in_one_stop_token(temp
     data = HybridDataModule(source, DataSource(embedded.PREFERENCE, limit=20, val_fraction=0.5), template=template)
     for name in ("instruction", "preference"):
         data.load(name, tokenizer, seed=3)
-    prompts = data.load_prompts(tokenizer, seed=3)
+    prompts = data.load_prompts(tokenizer, seed=3, compared=True)
     rows = data.val_sets["instruction"].rows
     assert len(prompts) == len(rows) == 10
     for prompt, row in zip(prompts, rows, strict=True):
