@@ -3,7 +3,9 @@
     python benchmarks/rewards.py
 
 Each run warms the embedded model up with SFT, in the first phase of a hybrid with one round, and then trains on prompts with
-the task's own rule for a reward (``conflict_task.preference_reward``, from 0 to 1). The table gives, per objective, mean and
+the task's own rule for a reward (``conflict_task.preference_reward``, from 0 to 1). What it is warmed up on are instructions
+and, of half of the pairs, the rejected answer: so the policy knows the request and several styles, none of them the best one,
+as a model does that imitates people. The table gives, per objective, mean and
 standard deviation over seeds: held-out reward of greedy completions before and after the phase, the reward of sampled ones in
 its first and last tenth, and the divergence from the phase's start at its end, in nats per completion.
 """
@@ -11,13 +13,16 @@ its first and last tenth, and the divergence from the phase's start at its end, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import statistics
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
+
+from hbat_lightning.cli import main as hbat
+from hbat_lightning.data import conflict_task
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"ppo": None, "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo"}
@@ -37,17 +42,29 @@ SETTINGS = {
 }
 
 
+def write_warm_up(folder: Path) -> Path:
+    """Rows for the warm-up."""
+    instructions, _ = conflict_task.instruction_rows()
+    pairs, _ = conflict_task.preference_rows()
+    imitated = [{"prompt": pair["prompt"], "completion": pair["rejected"]} for pair in pairs[::2]]
+    path = folder / "warm_up.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in instructions[: 2 * len(imitated)] + imitated))
+    return path
+
+
 def run(name: str, seed: int, folder: Path) -> dict[str, float]:
     """Train, and read the run's own files."""
     layer = OBJECTIVES[name]
     configs = ["configs/hbat_ppo.yaml"] + ([f"configs/reinforcement/{layer}.yaml"] if layer else [])
     options = SETTINGS | {"seed_everything": seed, "trainer.default_root_dir": folder}
+    options["data.instruction.path"] = write_warm_up(folder.parent)
     if name in ("rloo", "grpo"):
         options |= {"data.batch_size": 8, "model.preference.samples": 4}  # as many completions in a step
     arguments = [part for config in configs for part in ("--config", str(ROOT / config))]
     arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "hbat_lightning", "fit", *arguments, "--overwrite", "true"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with contextlib.redirect_stdout(io.StringIO()):  # the run's own files say it all
+        hbat(["fit", *arguments, "--overwrite", "true"])
     switch = json.loads((folder / "switches.jsonl").read_text().splitlines()[-1])
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/preference/reward"]]

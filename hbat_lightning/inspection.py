@@ -124,10 +124,11 @@ class _Part:
                 self.faults.append(fault)
 
     def _row(self, row: Row) -> None:
-        draft, encoded = self.kind.audit(self.encoder, row)
+        draft = self.kind.draft(self.encoder, row)
         prompt, answers = draft.lengths
         self._measure(prompt, answers)
         self.over_length += prompt + max(answers) > self.encoder.max_length
+        encoded = self.kind.fit(self.encoder, row, draft)
         if encoded is None:
             return
         self.usable += 1

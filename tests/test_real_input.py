@@ -99,31 +99,94 @@ def test_two_rounds(pairs: str, quantization: str, small_llama: str, real_data: 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_a_reward_model(small_llama: str, real_data: Path, tmp_path: Path) -> None:
-    """HH-RLHF pairs, in 4 bits: from ln 2 down, on the rows that it trains on."""
-    settings = {
-        "trainer.default_root_dir": tmp_path,
+def run(config: str, folder: Path, settings: dict[str, object]) -> list[dict[str, str]]:
+    """Run ``hbat fit`` on HH-RLHF rows with the base in 4 bits; the rows of its ``metrics.csv``."""
+    common: dict[str, object] = {
+        "trainer.default_root_dir": folder,
         "trainer.enable_progress_bar": "false",
         "trainer.accelerator": "cpu",
-        "trainer.accumulate_grad_batches": 2,
-        "data.init_args.preference.path": real_data / PAIRS["hh"],
-        "data.init_args.preference.limit": 32,
         "data.init_args.invalid_rows": "drop",
         "data.init_args.truncation": "drop",
         "data.init_args.max_length": 256,
-        "model.init_args.policy.init_args.model_name_or_path": small_llama,
-        "model.init_args.epochs": 4,
-        "model.init_args.lr": 5e-3,
     }
-    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    layers = ("reward.yaml", "policy/qlora.yaml")
+    arguments = [part for key, value in (common | settings).items() for part in (f"--{key}", str(value))]
+    layers = (config, "policy/qlora.yaml")
     main(["fit", *(part for name in layers for part in ("--config", str(ROOT / "configs" / name))), *arguments])
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def reward_model(
+    small_llama: str, real_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, str]]]:
+    """The folder of a run of RewardModule on HH-RLHF pairs, and what it logged."""
+    folder = tmp_path_factory.mktemp("reward")
+    rows = run(
+        "reward.yaml",
+        folder,
+        {
+            "trainer.accumulate_grad_batches": 2,
+            "data.init_args.preference.path": real_data / PAIRS["hh"],
+            "data.init_args.preference.limit": 32,
+            "model.init_args.policy.init_args.model_name_or_path": small_llama,
+            "model.init_args.epochs": 4,
+            "model.init_args.lr": 5e-3,
+        },
+    )
+    return folder, rows
+
+
+def test_a_reward_model(reward_model: tuple[Path, list[dict[str, str]]]) -> None:
+    """HH-RLHF pairs, in 4 bits: from ln 2 down, on the rows that it trains on."""
+    folder, rows = reward_model
     losses = [float(row["train/preference/loss"]) for row in rows if row["train/preference/loss"]]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-3:]) / 3 < 0.6
     held_out = next(row for row in reversed(rows) if row["val/preference/loss"])
     for name in ("accuracy", "confidence", "brier"):
         assert 0.0 <= float(held_out[f"val/preference/{name}"]) <= 1.0
-    assert (tmp_path / "adapter" / "reward_head.safetensors").exists()
+    assert (folder / "adapter" / "reward_head.safetensors").exists()
+
+
+def test_hbat_with_ppo_against_that_reward_model(
+    reward_model: tuple[Path, list[dict[str, str]]], small_llama: str, real_data: Path, tmp_path: Path
+) -> None:
+    """Four adapters on one 4-bit base: SFT on Alpaca, then a few updates of PPO on HH-RLHF prompts, twice."""
+    folder, _ = reward_model
+    rows = run(
+        "hbat_ppo.yaml",
+        tmp_path,
+        {
+            "trainer.accumulate_grad_batches": 2,
+            "trainer.callbacks.strength": 0.01,
+            "data.init_args.instruction.path": real_data / INSTRUCTIONS,
+            "data.init_args.instruction.limit": 32,
+            "data.init_args.preference.path": real_data / PAIRS["hh"],
+            "data.init_args.preference.limit": 40,
+            "model.init_args.policy.init_args.model_name_or_path": small_llama,
+            "model.init_args.schedule.init_args.rounds": 2,
+            "model.init_args.schedule.init_args.instruction_epochs": 1,
+            "model.init_args.instruction.init_args.lr": 1e-2,
+            "model.init_args.preference.init_args.lr": 5e-3,
+            "model.init_args.preference.init_args.rollout_windows": 1,
+            "model.init_args.preference.init_args.sampling.max_new_tokens": 12,
+            "model.preference.reward": "AdapterReward",
+            "model.preference.reward.path": folder / "adapter",
+        },
+    )
+    for phase in (1, 3):
+        ratios, divergences = (column(rows, f"train/preference/{name}", phase) for name in ("ratio", "kl"))
+        assert (ratios[0], divergences[0]) == (1.0, 0.0)  # sampled by the policy that trains, which is the reference
+        assert len(ratios) >= 4
+        assert max(abs(ratio - 1) for ratio in ratios) > 1e-4  # and on the second pass it has moved
+        assert divergences[-1] != 0.0
+        rewards = column(rows, "train/preference/reward", phase)
+        assert len(set(rewards)) > 1  # the model tells completions apart
+        assert all(math.isfinite(value) for value in column(rows, "train/preference/value_loss", phase))
+    assert column(rows, "ewc/pull_norm", 3)[0] == 0.0
+    assert all(pull > 0 for pull in column(rows, "ewc/pull_norm", 3)[1:])
+    state = torch.load(next((tmp_path / "checkpoints").glob("step=*.ckpt")), weights_only=True)["state_dict"]
+    adapters = {name.split(".lora_A.")[1].split(".")[0] for name in state if ".lora_A." in name}
+    assert adapters == {"default", "phase_start", "value"}  # the reward's is frozen, and lies in its own folder
+    assert not any("base_layer" in name for name in state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.formats import parse_feedback, parse_instructions, parse_preferences, parse_texts
@@ -12,31 +12,6 @@ from hbat_lightning.data.sets import FeedbackSet, InstructionSet, PreferenceSet
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
 from hbat_lightning.errors import DataError
 from hbat_lightning.stream import TrainingSet
-
-
-class Audited(NamedTuple):
-    """A row as the audit looks at it.
-
-    Attributes:
-        draft: At its full length.
-        encoded: What trains, one for each answer; ``None`` where the truncation policy drops the row.
-    """
-
-    draft: Draft
-    encoded: list[Encoded] | None
-
-
-def audit_answers(encoder: Encoder, row: Row) -> Audited:
-    """A row whose own answers train."""
-    draft = encoder.draft(row)
-    return Audited(draft, encoder.fit(row, draft))
-
-
-def audit_text(encoder: Encoder, row: Row) -> Audited:
-    """A text in its pieces, of which the longest stands for its length."""
-    pieces = encoder.encode_text(row)
-    longest: list[int] = max((piece.input_ids.tolist() for piece in pieces), key=len, default=[])
-    return Audited(Draft(Ids([], []), [Ids(longest, [True] * len(longest))]), pieces)
 
 
 @dataclass(frozen=True)
@@ -52,7 +27,8 @@ class RowKind:
         together: Whether what a row is scored on depends on the others of its micro-batch, which then must be two or more.
         answered: Whether the data's own answers train; else the audit has none to look at.
         prompted: Whether rows have prompts that ``test`` and ``predict`` complete.
-        audit: A row as the audit looks at it.
+        draft: A row at its full length, for the audit.
+        fit: A draft under the truncation policy, for the audit: what trains, or ``None`` where the row is dropped.
     """
 
     name: str
@@ -63,7 +39,8 @@ class RowKind:
     held_out: Callable[[Sequence[Any], str, int], TrainingSet] | None = None
     answered: bool = True
     prompted: bool = True
-    audit: Callable[[Encoder, Any], Audited] = audit_answers
+    draft: Callable[[Encoder, Any], Draft] = Encoder.draft
+    fit: Callable[[Encoder, Any, Draft], list[Encoded] | None] = Encoder.fit
 
 
 def _collect_pieces(texts: Sequence[Sequence[Encoded]], source: str, pad_id: int) -> InstructionSet:
@@ -73,6 +50,21 @@ def _collect_pieces(texts: Sequence[Sequence[Encoded]], source: str, pad_id: int
 INSTRUCTIONS = RowKind("instructions", parse_instructions, Encoder.encode_instruction, InstructionSet)
 PAIRS = RowKind("pairs", parse_preferences, Encoder.encode_preference, PreferenceSet)
 FEEDBACK = RowKind("feedback", parse_feedback, Encoder.encode_feedback, FeedbackSet, together=True)
+
+
+def _draft_text(encoder: Encoder, row: Row) -> Draft:
+    """The longest piece of a text, which stands for its length: no piece is too long."""
+    longest: list[int] = max((piece.input_ids.tolist() for piece in encoder.encode_text(row)), key=len, default=[])
+    return Draft(Ids([], []), [Ids(longest, [True] * len(longest))])
+
+
 TEXTS = RowKind(
-    "texts", parse_texts, Encoder.encode_text, _collect_pieces, answered=False, prompted=False, audit=audit_text
+    "texts",
+    parse_texts,
+    Encoder.encode_text,
+    _collect_pieces,
+    answered=False,
+    prompted=False,
+    draft=_draft_text,
+    fit=lambda encoder, row, _: encoder.encode_text(row),
 )

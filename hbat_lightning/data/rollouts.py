@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.data.fields import Row
-from hbat_lightning.data.kinds import Audited
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
 from hbat_lightning.stream import Cycle, SampledSet
@@ -33,19 +32,23 @@ def encode_opening(encoder: Encoder, row: Row, room: int) -> list[int] | None:
     Raises:
         DataError: The template cannot write it, or it is too long under the policy.
     """
-    opening = audit_opening(encoder, row, room).encoded
+    opening = fit_opening(encoder, row, draft_opening(encoder, row, room))
     return None if opening is None else opening[0].input_ids.tolist()
 
 
-def audit_opening(encoder: Encoder, row: Row, room: int) -> Audited:
-    """A row's prompt as :func:`encode_opening` encodes it, behind it so many tokens as the longest answer may have."""
+def draft_opening(encoder: Encoder, row: Row, room: int) -> Draft:
+    """A row's prompt, and behind it as many tokens as the longest answer may have."""
     ids = encoder.encode_prompt_of(row)
-    draft = Draft(Ids(ids, [False] * len(ids)), [Ids([0] * room, [True] * room)])
+    return Draft(Ids(ids, [False] * len(ids)), [Ids([0] * room, [True] * room)])
+
+
+def fit_opening(encoder: Encoder, row: Row, draft: Draft) -> list[Encoded] | None:
+    """The prompt of such a draft under the truncation policy; see :meth:`Encoder.fit`."""
     fitted = encoder.fit(row, draft)
     if fitted is None:
-        return Audited(draft, None)
+        return None
     length = fitted[0].prompt_length
-    return Audited(draft, [Encoded(fitted[0].input_ids[:length], fitted[0].supervised[:length], length)])
+    return [Encoded(fitted[0].input_ids[:length], fitted[0].supervised[:length], length)]
 
 
 @dataclass

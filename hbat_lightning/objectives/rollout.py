@@ -17,9 +17,10 @@ from hbat_lightning.data.rollouts import (
     PromptSet,
     Rollout,
     RolloutSet,
-    audit_opening,
     collate_rollouts,
+    draft_opening,
     encode_opening,
+    fit_opening,
 )
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.data.tokenization import Encoder
@@ -112,7 +113,8 @@ class RolloutModule(ObjectiveModule):
             self._collect,
             held_out=PromptSet,
             answered=False,
-            audit=lambda encoder, row: audit_opening(encoder, row, self.sampling.max_new_tokens),
+            draft=lambda encoder, row: draft_opening(encoder, row, self.sampling.max_new_tokens),
+            fit=fit_opening,
         )
 
     def _encode(self, encoder: Encoder, row: Any) -> list[int] | None:
