@@ -109,10 +109,10 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     """RLOO (Ahmadian et al. 2024, eq. 7): each sample's reward less the mean of the prompt's other samples.
 
     Args:
-        rewards: ``(P, G)``: G samples of each of P prompts; G is at least 2.
+        rewards: ``(..., G)``: G samples of each prompt; G is at least 2.
 
     Returns:
-        ``(P, G)``.
+        The same shape.
     """
     others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
     return rewards - others
@@ -122,11 +122,11 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """GRPO (Shao et al. 2024, section 4.1.2): rewards against their group's mean, in units of its standard deviation.
 
     Args:
-        rewards: ``(P, G)``: G samples of each of P prompts; G is at least 2.
+        rewards: ``(..., G)``: G samples of each prompt; G is at least 2.
         scale: Whether to divide by the deviation; without it, as in Dr. GRPO (Liu et al. 2025).
 
     Returns:
-        ``(P, G)``.
+        The same shape.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.rollouts import Rollout
 from hbat_lightning.functional import clipped_policy_loss, clipped_value_loss, gae, whiten
-from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.objectives.policy_gradient import PolicyGradientModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
 from hbat_lightning.scalars import ScalarAdapter
@@ -22,7 +22,7 @@ from hbat_lightning.sums import Sums
 _DEFAULT_LORA = LoraSettings()
 
 
-class PPOModule(RolloutModule):
+class PPOModule(PolicyGradientModule):
     """Preference training by PPO (Schulman et al. 2017) with generalised advantages, as in InstructGPT.
 
     Each token costs ``kl_coefficient`` times its divergence from the reference, and the last one earns the reward. A value
@@ -38,7 +38,7 @@ class PPOModule(RolloutModule):
         gamma: Discount per token.
         lam: How far returns are trusted over values.
         passes: How often rollouts are trained on.
-        settings: See :class:`RolloutModule`.
+        settings: See :class:`PolicyGradientModule`.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class PPOModule(RolloutModule):
         values: Tensor = self.value(policy, inputs, *predicting(inputs["labels"]))
         return values
 
-    def settle(self, rollouts: Sequence[Rollout]) -> None:
+    def settle_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Advantages and returns, over all completions of a cycle."""
+        rollouts = [rollout for group in groups for rollout in group]
         rewards = []
         for rollout in rollouts:
             reward = -self.kl_coefficient * self.divergence(rollout)
@@ -102,7 +103,7 @@ class PPOModule(RolloutModule):
             rollout.tokens |= {"advantages": advantages[number, :length], "returns": returns[number, :length]}
 
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
-        """See :meth:`RolloutModule.losses`."""
+        """See :meth:`PolicyGradientModule.losses`."""
         surrogate = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
         values = self._values(policy, inputs)
         value = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.value_clip)

@@ -337,7 +337,7 @@ def test_one_epoch_trains_on_every_prompt_as_often_as_it_has_passes(make_policy:
     [
         ({"sampling": GenerationSettings(6, 0.0)}, "temperature must be above 0"),
         ({"rollout_windows": 0}, "at least 1"),
-        ({"clip": 0.0}, "clip above 0"),
+        ({"clip": 0.0}, "clip must be above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: Any, message: str) -> None:
