@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hbat_lightning.checkpoint_state import adopt_state, trained_state
+from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
 from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet
 from hbat_lightning.data.sets import PromptBatch
@@ -375,7 +375,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What trains and its snapshots; never the base of an adapter."""
-        return trained_state(super().state_dict(*args, **kwargs), self.policy)
+        return trained_state(super().state_dict(*args, **kwargs), self.policy, own_parameters(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights fit on, the phase in hand and idle optimizer states."""
@@ -393,8 +393,8 @@ class AlignmentModule(LightningModule):
                 "load_from_checkpoint has no base model to put the adapter on: pass ckpt_path to the Trainer's fit, validate, "
                 "test or predict, or load the run's adapter/ with PEFT"
             )
-        own = {name: value for name, value in self.named_parameters() if not name.startswith("policy.")}
-        adopt_state(checkpoint, self.policy, self.trainer.state.fn == TrainerFn.FITTING, own)
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        adopt_state(checkpoint, self.policy, training, own_parameters(self))
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

@@ -180,9 +180,8 @@ class Policy(nn.Module):
         """
         if self.lora is None:
             raise UserError(
-                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora; or take an "
-                "objective without a value function (REINFORCEModule, RLOOModule, GRPOModule), and ClassifierReward for "
-                "a reward"
+                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora, or a model of "
+                "its own: hbat_lightning.values.ModelValue for a value function, ClassifierReward for a reward"
             )
         if name not in self._further:
             add_adapter(cast(PeftModel, self._model), name, lora, folder)

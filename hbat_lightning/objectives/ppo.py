@@ -9,30 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.rollouts import Rollout
 from hbat_lightning.functional import clipped_policy_loss, clipped_value_loss, gae, whiten
 from hbat_lightning.objectives.policy_gradient import PolicyGradientModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
-from hbat_lightning.scalars import ScalarAdapter
 from hbat_lightning.scoring import predicting
 from hbat_lightning.sums import Sums
-
-_DEFAULT_LORA = LoraSettings()
+from hbat_lightning.values import AdapterValue, Value
 
 
 class PPOModule(PolicyGradientModule):
     """Preference training by PPO (Schulman et al. 2017) with generalised advantages, as in InstructGPT.
 
     Each token costs ``kl_coefficient`` times its divergence from the reference, and the last one earns the reward. A value
-    function, on an adapter of its own on the policy's base, says what is to be expected; advantages are estimated from both
+    function says what is to be expected; advantages are estimated from both
     (:func:`~hbat_lightning.functional.gae`) and whitened over the tokens of a cycle. The loss is a mean over tokens of the
     clipped surrogate plus ``value_coefficient`` times the clipped value loss.
 
     Args:
         reward: Scores completions.
-        value: Settings of the value function's adapter.
+        value: The value function; on an adapter of its own on the policy's base when not given.
         value_coefficient: Weight of the value loss.
         value_clip: How far a value may move from what it was when the completion was sampled.
         gamma: Discount per token.
@@ -44,7 +41,7 @@ class PPOModule(PolicyGradientModule):
     def __init__(
         self,
         reward: Reward,
-        value: LoraSettings = _DEFAULT_LORA,
+        value: Value | None = None,
         value_coefficient: float = 0.1,
         value_clip: float = 0.2,
         gamma: float = 1.0,
@@ -58,7 +55,7 @@ class PPOModule(PolicyGradientModule):
                 f"{value_clip}, {value_coefficient}"
             )
         super().__init__(reward, passes=passes, **settings)
-        self.value = ScalarAdapter("value", value)
+        self.value = value or AdapterValue()
         self.value_coefficient, self.value_clip, self.gamma, self.lam = value_coefficient, value_clip, gamma, lam
 
     def describe(self) -> str:
@@ -76,6 +73,15 @@ class PPOModule(PolicyGradientModule):
     def own_parameters(self, policy: Policy) -> Sequence[nn.Parameter]:
         """The value function's."""
         return self.value.parameters_of(policy)
+
+    def state(self) -> dict[str, Any]:
+        """Also what the value function is made of."""
+        return super().state() | {"value": self.value.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`ObjectiveModule.load_state`."""
+        super().load_state(state)
+        self.value.require_state(state["value"])
 
     def judge(self, policy: Policy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The value before each token."""
