@@ -339,6 +339,10 @@ class Policy(nn.Module):
         """What top-k and top-p leave of the policy to sample from; see :meth:`CausalScorer.truncation_log_mass`."""
         return self._scorer.truncation_log_mass(inputs, settings)
 
+    def entropy(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
+        """How uncertain the policy was of each supervised token; see :meth:`CausalScorer.entropy`."""
+        return self._scorer.entropy(inputs, settings)
+
     @torch.no_grad()
     def score_reference(self, inputs: dict[str, Tensor], reference: Reference, temperature: float = 1.0) -> TokenScores:
         """The same under a reference, without a graph and without dropout."""

@@ -147,9 +147,29 @@ def truncation_log_mass(logits: Tensor, temperature: float, top_k: int, top_p: f
         ``(N,)``, at most 0.
     """
     whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())
-    kept = whole
+    return torch.logsumexp(_truncated(whole, top_k, top_p), -1) - torch.logsumexp(whole, -1)
+
+
+def sampling_entropy(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """``-sum p log p`` in nats of the distribution that tokens are sampled from: tempered, then cut by top-k and top-p.
+
+    Args:
+        logits: ``(N, V)``.
+        temperature: Above 0.
+        top_k: Candidates that stay; 0 is all.
+        top_p: Nucleus that stays; 1 is all.
+
+    Returns:
+        ``(N,)``, at least 0.
+    """
+    whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())
+    probabilities = torch.softmax(_truncated(whole, top_k, top_p), -1)
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+
+def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k > 0:
-        kept = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, kept)
+        logits = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, logits)
     if top_p < 1:
-        kept = TopPLogitsWarper(top_p)(None, kept)
-    return torch.logsumexp(kept, -1) - torch.logsumexp(whole, -1)
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits

@@ -64,8 +64,8 @@ class RLOOModule(PolicyGradientModule):
     """
 
     def __init__(self, reward: Reward, samples: int = 4, **settings: Any) -> None:
-        _require_group(samples)
         super().__init__(reward, samples=samples, **settings)
+        _require_groups(self)
 
     def describe(self) -> str:
         """See :meth:`ObjectiveModule.describe`."""
@@ -111,8 +111,8 @@ class GRPOModule(PolicyGradientModule):
         kl_coefficient: float = 0.04,
         **settings: Any,
     ) -> None:
-        _require_group(samples)
         super().__init__(reward, samples=samples, kl_coefficient=kl_coefficient, **settings)
+        _require_groups(self)
         self.scale_rewards = scale_rewards
 
     def describe(self) -> str:
@@ -136,11 +136,11 @@ class GRPOModule(PolicyGradientModule):
         }
 
 
-def _require_group(samples: int) -> None:
-    if samples < 2:
-        raise ValueError(
-            f"samples must be at least 2, got {samples}: a completion is judged against others of its prompt"
-        )
+def _require_groups(module: PolicyGradientModule) -> None:
+    dynamic = module.dynamic_sampling
+    name, least = ("samples", module.samples) if dynamic is None else ("dynamic_sampling.minimum", dynamic.minimum)
+    if least < 2:
+        raise ValueError(f"{name} must be at least 2, got {least}: a completion is judged against others of its prompt")
 
 
 def _penalised(module: PolicyGradientModule, rollouts: Sequence[Rollout]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from hbat_lightning.data.sets import pad_left
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.objectives.base import ObjectiveModule
+from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
+from hbat_lightning.sampling import DynamicSampling
 from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.stream import Cycle
 from hbat_lightning.sums import Sums
@@ -40,6 +43,8 @@ class RolloutModule(ObjectiveModule):
         reward: Scores completions.
         sampling: How completions are sampled.
         samples: Completions of each prompt.
+        dynamic_sampling: Has some prompts get more completions than others, with ``samples`` as the average; logs the
+            ``capability`` that it goes by.
         missing_stop_penalty: Taken off the reward of a completion that did not stop.
         rollout_windows: Windows' worth of prompts that are answered at once.
         passes: How often rollouts are trained on.
@@ -55,6 +60,7 @@ class RolloutModule(ObjectiveModule):
         reward: Reward,
         sampling: GenerationSettings = _DEFAULT_SAMPLING,
         samples: int = 1,
+        dynamic_sampling: DynamicSampling | None = None,
         missing_stop_penalty: float = 0.0,
         rollout_windows: int = 1,
         passes: int = 1,
@@ -66,7 +72,11 @@ class RolloutModule(ObjectiveModule):
             raise ValueError(
                 f"samples, rollout_windows and passes must be at least 1: got {samples}, {rollout_windows}, {passes}"
             )
+        if dynamic_sampling is not None:
+            dynamic_sampling.require(samples)
+            self.figures = (*self.figures, "capability")
         super().__init__(**settings)
+        self.dynamic_sampling = dynamic_sampling
         self.reward, self.sampling, self.samples = reward, sampling, samples
         self.missing_stop_penalty = missing_stop_penalty
         self.cycle = Cycle(rollout_windows, passes)
@@ -106,11 +116,29 @@ class RolloutModule(ObjectiveModule):
 
     def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
         """Sample, reward, and settle what the loss will need; in evaluation mode and without a graph."""
-        parts = [self._sample(policy, part, [self.samples] * len(part), device) for part in prompts]
+        parts = self._answer(policy, prompts, device)
         parts = [[self.keep(completions) for completions in part] for part in parts]
         for part in parts:
             self.look(policy, [rollout for completions in part for rollout in completions], device)
         self.settle([completions for part in parts for completions in part])
+        return parts
+
+    def _answer(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
+        """Rewarded completions of all prompts of a cycle."""
+        dynamic = self.dynamic_sampling
+        first = self.samples if dynamic is None else dynamic.minimum
+        parts = [self._sample(policy, part, [first] * len(part), device) for part in prompts]
+        if dynamic is None:
+            return parts
+        known = [value for part in parts for value in dynamic.capability.of(policy, part, self.sampling, device)]
+        further = iter([count - first for count in dynamic.counts(known, self.samples)])
+        for part, own in zip(parts, prompts, strict=True):
+            counts = list(islice(further, len(own)))
+            for completions, more in zip(part, self._sample(policy, own, counts, device), strict=True):
+                completions += more
+        for completions, value in zip(chain.from_iterable(parts), known, strict=True):
+            for rollout in completions:
+                rollout.figures["capability"] = value
         return parts
 
     def _sample(
@@ -118,6 +146,8 @@ class RolloutModule(ObjectiveModule):
     ) -> list[list[Rollout]]:
         """Rewarded completions of each prompt of a micro-batch, as many as its count says."""
         repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        if not repeated:
+            return [[] for _ in prompts]
         completions = self._complete(policy, repeated, self.sampling, device)
         rollouts = [Rollout(prompt, ids) for prompt, ids in zip(repeated, completions, strict=True)]
         for rollout, reward in zip(rollouts, self.reward.score(policy, rollouts, device).tolist(), strict=True):
@@ -148,6 +178,10 @@ class RolloutModule(ObjectiveModule):
         """Sums of the per-completion figures of a micro-batch."""
         count = torch.tensor(len(inputs["reward"]), device=inputs["reward"].device)
         return {name: (inputs[name].sum(), count) for name in self.figures}
+
+    def progress(self, means: Mapping[str, float]) -> Progress:
+        """The mean reward: the loss is 0 on average where a baseline is well chosen, however good the policy is."""
+        return Progress(means["reward"], rising=True)
 
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Rewards of greedy completions of held-out prompts."""
