@@ -20,7 +20,8 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OBJECTIVES = {"ppo": None, "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo"}
+OBJECTIVES = {"ppo": None, "esrl": "esrl", "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo", "raft": "raft"}
+SAMPLES = {"esrl": 2, "rloo": 4, "grpo": 4, "raft": 4}
 SETTINGS = {
     "model.schedule.rounds": 1,
     "model.schedule.instruction_epochs": 1,
@@ -42,8 +43,8 @@ def run(name: str, seed: int, folder: Path) -> dict[str, float]:
     layer = OBJECTIVES[name]
     configs = ["configs/hbat_ppo.yaml"] + ([f"configs/reinforcement/{layer}.yaml"] if layer else [])
     options = SETTINGS | {"seed_everything": seed, "trainer.default_root_dir": folder}
-    if name in ("rloo", "grpo"):
-        options |= {"data.batch_size": 8, "model.preference.samples": 4}  # as many completions in a step
+    if name in SAMPLES:  # as many completions in a step
+        options |= {"data.batch_size": 32 // SAMPLES[name], "model.preference.samples": SAMPLES[name]}
     arguments = [part for config in configs for part in ("--config", str(ROOT / config))]
     arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "hbat_lightning", "fit", *arguments, "--overwrite", "true"]

@@ -21,8 +21,8 @@ from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.sampling import DynamicSampling, EntropyCapability, RewardCapability
 from hbat_lightning.schedules import Interval
 from hbat_lightning.values import AdapterValue
-from tests.objectives.test_rollouts import letters
-from tests.support import Recorder, Run, same_bits, shake
+from tests.objectives.test_rollouts import letters, scripted
+from tests.support import Recorder, Run, largest_difference, same_bits, shake
 
 CPU = torch.device("cpu")
 SAMPLING = GenerationSettings(max_new_tokens=6, temperature=0.8, top_k=20)
@@ -177,3 +177,21 @@ def test_a_run_goes_on_bit_identical_from_inside_a_cycle(
     for name in ("loss", "reward", "capability"):
         pieces = [value for part in parts for value in part.log.column(f"train/preference/{name}")]
         assert pieces == whole.log.column(f"train/preference/{name}") != [], name
+
+
+@pytest.mark.parametrize("kind", [REINFORCEModule, RAFTModule])
+def test_a_window_s_gradient_does_not_depend_on_its_split(kind: Any, make_policy: Any, fit: Any) -> None:
+    """Needs are compared over the cycle, not within a micro-batch. The completions are those of a script."""
+    found = []
+    for batch_size, accumulate in ((8, 1), (3, 3), (1, 8)):
+        module = make(kind, RewardCapability(), policy=make_policy(double=True))
+        scripted(module.policy)
+        recorder = Recorder()
+        data = HybridDataModule(
+            preference=DataSource(embedded.PREFERENCE, limit=7, val_fraction=0.0), batch_size=batch_size
+        )
+        fit(module, recorder, data=data, accumulate_grad_batches=accumulate, gradient_clip_val=None)
+        found.append(recorder.gradients)
+    for step, truth in enumerate(found[0]):
+        assert any(float(value.abs().max()) > 1e-3 for value in truth.values())
+        assert all(largest_difference(other[step], truth) < 1e-6 for other in found[1:])

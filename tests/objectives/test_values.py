@@ -20,8 +20,8 @@ from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import Interval
 from hbat_lightning.scoring import predicting
 from hbat_lightning.values import ModelValue
-from tests.objectives.test_rollouts import letters
-from tests.support import Run, same_bits
+from tests.objectives.test_rollouts import letters, scripted
+from tests.support import Run, largest_difference, same_bits
 
 SAMPLING = GenerationSettings(max_new_tokens=6, temperature=1.0)
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1)
@@ -131,3 +131,30 @@ def test_a_checkpoint_of_another_value_model_is_refused(train: Any, base_folder:
         UserError, match=r"the checkpoint's value function belongs to another policy .*base fingerprint"
     ):
         train(ppo(str(other), lora=LORA), ckpt_path=tmp_path / "run" / "last.ckpt")
+
+
+def test_what_it_learns_from_a_window_does_not_depend_on_the_window_s_split(make_policy: Any, fit: Any) -> None:
+    found = []
+    for batch_size, accumulate in ((8, 1), (3, 3), (1, 8)):
+        value = ModelValue(make_policy(double=True, lora=None))
+        objective = PPOModule(
+            FunctionReward(letters),
+            value=value,
+            sampling=SAMPLING,
+            passes=2,
+            policy=make_policy(double=True),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        )
+        scripted(objective.policy)
+        data = HybridDataModule(
+            preference=DataSource(embedded.PREFERENCE, limit=7, val_fraction=0.0), batch_size=batch_size
+        )
+        fit(objective, data=data, accumulate_grad_batches=accumulate, gradient_clip_val=None)
+        found.append({name: p.detach().clone() for name, p in value.named_parameters()})
+    fresh = make_policy(double=True, lora=None)
+    fresh.build(torch.device("cpu"))
+    start = {f"model.{name}": p for name, p in fresh.named_parameters()}
+    moved = [name for name, p in start.items() if float((found[0][name] - p).abs().max()) > 1e-6]
+    assert len(moved) > 10  # in the second pass: in the first its head maps everything to 0
+    for other in found[1:]:
+        assert largest_difference(other, found[0]) < 1e-6
