@@ -25,7 +25,8 @@ from hbat_lightning.cli import main as hbat
 from hbat_lightning.data import conflict_task
 
 ROOT = Path(__file__).parents[1]
-OBJECTIVES = {"ppo": None, "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo"}
+OBJECTIVES = {"ppo": None, "esrl": "esrl", "reinforce": "reinforce", "rloo": "rloo", "grpo": "grpo", "raft": "raft"}
+SAMPLES = {"esrl": 2, "rloo": 4, "grpo": 4, "raft": 4}
 SETTINGS = {
     "model.schedule.rounds": 1,
     "model.schedule.instruction_epochs": 1,
@@ -59,8 +60,8 @@ def run(name: str, seed: int, folder: Path) -> dict[str, float]:
     configs = ["configs/hbat_ppo.yaml"] + ([f"configs/reinforcement/{layer}.yaml"] if layer else [])
     options = SETTINGS | {"seed_everything": seed, "trainer.default_root_dir": folder}
     options["data.instruction.path"] = write_warm_up(folder.parent)
-    if name in ("rloo", "grpo"):
-        options |= {"data.batch_size": 8, "model.preference.samples": 4}  # as many completions in a step
+    if name in SAMPLES:  # as many completions in a step
+        options |= {"data.batch_size": 32 // SAMPLES[name], "model.preference.samples": SAMPLES[name]}
     arguments = [part for config in configs for part in ("--config", str(ROOT / config))]
     arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
     with contextlib.redirect_stdout(io.StringIO()):  # the run's own files say it all

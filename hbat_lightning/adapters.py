@@ -24,7 +24,7 @@ class LoraSettings:
     Attributes:
         r: Rank.
         alpha: Scale; the update is ``alpha / r · B A``.
-        dropout: Dropout before A, in instruction phases only.
+        dropout: Dropout before A, in supervised training only.
         target_modules: ``all-linear`` (all but the output layer), or names of layers.
     """
 

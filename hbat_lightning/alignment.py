@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hbat_lightning.checkpoint_state import adopt_state, trained_state
+from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
 from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet
 from hbat_lightning.data.sets import PromptBatch
@@ -30,6 +30,7 @@ from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimization import ParameterGroup, configure
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.stream import MicroBatch, stable_seed
@@ -134,7 +135,7 @@ class AlignmentModule(LightningModule):
             self._window, self._window_loss = {}, 0.0
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
-            self._data.stream.measure_with(self._mean_loss)
+            self._data.stream.measure_with(self._measure_progress)
             for name, rows in self._data.train_sets.items():
                 if isinstance(rows, RolloutSet):
                     rows.answer_with(partial(self._roll_out, name, rows.roll_out))
@@ -244,7 +245,7 @@ class AlignmentModule(LightningModule):
         means = {objective: totals.means() for objective, totals in self._window.items()}
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         for objective, figures in means.items():
-            self.plan.report(objective, figures["loss"])
+            self.plan.report(objective, self.objectives[objective].progress(figures))
         values |= self.plan.figures | {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
         values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -277,20 +278,20 @@ class AlignmentModule(LightningModule):
         return rollouts
 
     @torch.no_grad()
-    def _mean_loss(self, phase: PhaseKey, batches: Sequence[MicroBatch]) -> float:
-        """The mean of the training loss over micro-batches, without dropout; see :data:`~hbat_lightning.stream.Measure`.
+    def _measure_progress(self, phase: PhaseKey, batches: Sequence[MicroBatch]) -> Progress:
+        """What a window shows, without dropout; see :data:`~hbat_lightning.stream.Measure`.
 
         Asked for between training steps, at the start of a phase before its first batch is announced.
         """
         self.begin_phase(phase)
         self.policy.set_training(dropout=False)
         self._mode = None
-        totals = Totals()
+        totals, objective = Totals(), self.objectives[batches[0].objective]
         for batch in batches:
             inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
             with self.trainer.precision_plugin.forward_context():
-                totals.add({"loss": self.objectives[batch.objective].loss(self.policy, inputs)["loss"]})
-        return totals.means()["loss"]
+                totals.add(objective.loss(self.policy, inputs))
+        return objective.progress(totals.means())
 
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.
@@ -375,7 +376,7 @@ class AlignmentModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What trains and its snapshots; never the base of an adapter."""
-        return trained_state(super().state_dict(*args, **kwargs), self.policy)
+        return trained_state(super().state_dict(*args, **kwargs), self.policy, own_parameters(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights fit on, the phase in hand and idle optimizer states."""
@@ -393,8 +394,8 @@ class AlignmentModule(LightningModule):
                 "load_from_checkpoint has no base model to put the adapter on: pass ckpt_path to the Trainer's fit, validate, "
                 "test or predict, or load the run's adapter/ with PEFT"
             )
-        own = {name: value for name, value in self.named_parameters() if not name.startswith("policy.")}
-        adopt_state(checkpoint, self.policy, self.trainer.state.fn == TrainerFn.FITTING, own)
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        adopt_state(checkpoint, self.policy, training, own_parameters(self))
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

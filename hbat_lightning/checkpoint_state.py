@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hbat_lightning.adapters import TRAINED
 from hbat_lightning.errors import UserError
@@ -15,12 +15,24 @@ from hbat_lightning.policy import Policy
 PREFIX = "policy."  # the attribute of the module that holds the policy
 
 
-def trained_state(state: dict[str, Any], policy: Policy | None) -> dict[str, Any]:
-    """The part of a module's state dict that a checkpoint holds: what trains, snapshots of it, and objectives' own tensors."""
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains in a module beside its policy, by name."""
+    named = module.named_parameters()
+    return {name: value for name, value in named if value.requires_grad and not name.startswith(PREFIX)}
+
+
+def trained_state(state: dict[str, Any], policy: Policy | None, own: Iterable[str]) -> dict[str, Any]:
+    """The part of a module's state dict that a checkpoint holds: what trains, and snapshots of it.
+
+    Args:
+        state: All of it.
+        policy: The policy; ``None`` inside a hybrid.
+        own: Names of what trains beside the policy.
+    """
     if policy is None or not policy.built:
         return {}
-    keep = {PREFIX + name for name in policy.checkpoint_names()}
-    return {name: value for name, value in state.items() if name in keep or not name.startswith(PREFIX)}
+    keep = {PREFIX + name for name in policy.checkpoint_names()} | set(own)
+    return {name: value for name, value in state.items() if name in keep}
 
 
 def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own: Mapping[str, Tensor]) -> None:
@@ -30,7 +42,7 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own:
         checkpoint: As loaded from the file; what evaluation has no use for, such as snapshots, is taken out of it.
         policy: A built policy.
         training: Whether training goes on from here, so that snapshots must be there.
-        own: Tensors of the module that are not the policy's, by name.
+        own: What trains in the module beside the policy, by name.
 
     Raises:
         UserError: When base, quantisation, rank or tensors differ; says which.

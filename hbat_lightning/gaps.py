@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hbat_lightning.phases import BOTH, Part, Phase, Plan
+from hbat_lightning.phases import BOTH, Part, Phase, Plan, Progress
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class GapPlan(Plan):
 
     .. math:: s_i = w_i (f_i - f_i^*)
 
-    with f the objective's loss when it was last seen: every few steps both are measured, on the window that either would
-    train on next; in between only that of the objective that trains is renewed, by its training loss.
+    with f the objective's loss when it was last seen, and the other way round, best less mean, where it is a reward. Every few
+    steps both are measured, on the window that either would train on next; in between only that of the objective that trains
+    is renewed, by what its window shows in training.
 
     Args:
         rounds: Trainer epochs.
         steps: Optimizer steps of each.
         weights: Per objective its weight w; the first one trains where gaps are equal.
-        best: Per objective the loss f* that it would reach alone.
+        best: Per objective the loss or reward f* that it would reach alone.
         refresh: Optimizer steps between measurements.
     """
 
@@ -51,7 +52,7 @@ class GapPlan(Plan):
         self, rounds: int, steps: int, weights: Mapping[str, float], best: Mapping[str, float], refresh: int
     ) -> None:
         self.weights, self.best, self.refresh = dict(weights), dict(best), refresh
-        self._losses: dict[str, float] = {}
+        self._progress: dict[str, Progress] = {}
         self._chosen: list[Part] = []
         self._seen = dict.fromkeys(weights, 0)
         super().__init__(
@@ -61,18 +62,18 @@ class GapPlan(Plan):
             ]
         )
 
-    def choose(self, step: int, measure: Callable[[Part], float]) -> None:
+    def choose(self, step: int, measure: Callable[[Part], Progress]) -> None:
         """See :meth:`Plan.choose`."""
         if step < len(self._chosen):  # a run that goes on inside a window
             return
         if step % self.refresh == 0:
-            self._losses = {objective: measure(self._next(objective)) for objective in self.weights}
+            self._progress = {objective: measure(self._next(objective)) for objective in self.weights}
         gaps = self._gaps()
         self._take(max(gaps, key=gaps.__getitem__))
 
-    def report(self, objective: str, loss: float) -> None:
+    def report(self, objective: str, progress: Progress) -> None:
         """See :meth:`Plan.report`."""
-        self._losses[objective] = loss
+        self._progress[objective] = progress
 
     @property
     def figures(self) -> dict[str, float]:
@@ -81,18 +82,21 @@ class GapPlan(Plan):
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Plan.state_dict`."""
-        return {"losses": dict(self._losses), "chosen": [part.objective for part in self._chosen]}
+        return {
+            "progress": {name: tuple(one) for name, one in self._progress.items()},
+            "chosen": [part.objective for part in self._chosen],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`Plan.load_state_dict`."""
-        self._losses = dict(state["losses"])
+        self._progress = {name: Progress(*one) for name, one in state["progress"].items()}
         self._chosen.clear()
         self._seen = dict.fromkeys(self.weights, 0)
         for objective in state["chosen"]:
             self._take(objective)
 
     def _gaps(self) -> dict[str, float]:
-        return {name: weight * (self._losses[name] - self.best[name]) for name, weight in self.weights.items()}
+        return {name: weight * self._progress[name].gap(self.best[name]) for name, weight in self.weights.items()}
 
     def _next(self, objective: str) -> Part:
         """The window that an objective trains on when it is chosen next."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hbat_lightning.data.kinds import RowKind
+from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.scoring import Scorer
 from hbat_lightning.sums import Sums
@@ -37,6 +38,9 @@ class Objective(Protocol):
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """See the held-out rows once, with the scores of the initial policy."""
+
+    def progress(self, means: Mapping[str, float]) -> Progress:
+        """How far it has come, by the means over a training window."""
 
     # ---- what only some objectives have: parameters and state of their own ------------------------------
 

@@ -30,6 +30,22 @@ class Part(NamedTuple):
     weight: float = 1.0
 
 
+class Progress(NamedTuple):
+    """How far an objective has come: its loss, or a reward.
+
+    Attributes:
+        value: The figure.
+        rising: Whether more of it is better.
+    """
+
+    value: float
+    rising: bool = False
+
+    def gap(self, best: float) -> float:
+        """How far it is from its best."""
+        return best - self.value if self.rising else self.value - best
+
+
 @dataclass(frozen=True)
 class Phase:
     """The part of a phase that lies in one round.
@@ -129,7 +145,7 @@ class Plan:
     """
 
     measures = False
-    """Whether losses decide what comes next; then they must be known before a window trains."""
+    """Whether objectives' progress decides what comes next; then it must be known before a window trains."""
 
     def __init__(self, rounds: Sequence[Sequence[Phase]]) -> None:
         self.rounds = [list(phases) for phases in rounds]
@@ -184,16 +200,16 @@ class Plan:
 
     # ---- what only plans have that are made as training goes ----------------------------------------------------------
 
-    def choose(self, step: int, measure: Callable[[Part], float]) -> None:
+    def choose(self, step: int, measure: Callable[[Part], Progress]) -> None:
         """Decide what a window holds, before it is asked for.
 
         Args:
             step: Optimizer step of the run; all steps before it are decided.
-            measure: The mean loss over a window, at the current parameters and without dropout.
+            measure: Progress as a window shows it, at the current parameters and without dropout.
         """
 
-    def report(self, objective: str, loss: float) -> None:
-        """Hear the mean training loss over a window."""
+    def report(self, objective: str, progress: Progress) -> None:
+        """Hear what a window showed in training."""
 
     @property
     def figures(self) -> dict[str, float]:

@@ -180,9 +180,8 @@ class Policy(nn.Module):
         """
         if self.lora is None:
             raise UserError(
-                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora; or take an "
-                "objective without a value function (REINFORCEModule, RLOOModule, GRPOModule), and ClassifierReward for "
-                "a reward"
+                f"a full fine-tune has no frozen base that the {name} could share: give policy.init_args.lora, or a model of "
+                "its own: hbat_lightning.values.ModelValue for a value function, ClassifierReward for a reward"
             )
         if name not in self._further:
             add_adapter(cast(PeftModel, self._model), name, lora, folder)
@@ -339,6 +338,10 @@ class Policy(nn.Module):
     def truncation_log_mass(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
         """What top-k and top-p leave of the policy to sample from; see :meth:`CausalScorer.truncation_log_mass`."""
         return self._scorer.truncation_log_mass(inputs, settings)
+
+    def entropy(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
+        """How uncertain the policy was of each supervised token; see :meth:`CausalScorer.entropy`."""
+        return self._scorer.entropy(inputs, settings)
 
     @torch.no_grad()
     def score_reference(self, inputs: dict[str, Tensor], reference: Reference, temperature: float = 1.0) -> TokenScores:

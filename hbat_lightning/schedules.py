@@ -206,16 +206,19 @@ class MaxGap(Schedule):
     """Trains the objective that is further from its best: MAXRIGHT (arXiv 2410.15483, algorithm 2).
 
     The gap of an objective is its loss above the best that it would reach alone, times its weight: λ for preferences, 1 - λ
-    for instructions. See :class:`~hbat_lightning.gaps.GapPlan`. As with :class:`RandomMix`, one phase holds all steps, and
-    both data sets are cycled through whole. Logs ``gap/instruction`` and ``gap/preference``.
+    for instructions. That of an objective on rollouts is what the mean reward of its samples lacks to the best: its loss says
+    nothing of how far it has come. Rewards and losses have different units, which λ has to weigh. See
+    :class:`~hbat_lightning.gaps.GapPlan`. As with :class:`RandomMix`, one phase holds all steps, and both data sets are cycled
+    through whole. Logs ``gap/instruction`` and ``gap/preference``.
 
     Args:
         rounds: How often the figures are to be seen: Trainer epochs of ``steps`` optimizer steps.
         steps: Optimizer steps of a round.
         preference_weight: λ.
         instruction_best: Loss that the instruction objective reaches alone; a property of model and data.
-        preference_best: Loss that the preference objective reaches alone.
-        refresh: Optimizer steps after which both losses are measured anew.
+        preference_best: Loss that the preference objective reaches alone; on rollouts the reward.
+        refresh: Optimizer steps after which both are measured anew. On rollouts that means to sample a cycle, unless one is
+            being trained on, whose rewards then serve.
     """
 
     def __init__(
@@ -236,7 +239,9 @@ class MaxGap(Schedule):
 
     def describe(self) -> str:
         """See :meth:`Schedule.describe`."""
-        gaps = ", ".join(f"{weight:g} × ({name} loss - {self.best[name]:g})" for name, weight in self.weights.items())
+        gaps = ", ".join(
+            f"{weight:g} × the way of {name} to {self.best[name]:g}" for name, weight in self.weights.items()
+        )
         return (
             f"MaxGap (MAXRIGHT): {self.rounds} × {self.steps} optimizer steps, each on the objective with the larger of "
             f"{gaps}; both measured every {self.refresh} steps; data are cycled through whole"

@@ -13,7 +13,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hbat_lightning.functional import linear_log_probs, rows_per_chunk, selected_log_probs, truncation_log_mass
+from hbat_lightning.functional import (
+    linear_log_probs,
+    rows_per_chunk,
+    sampling_entropy,
+    selected_log_probs,
+    truncation_log_mass,
+)
 from hbat_lightning.generation import GenerationSettings
 
 IGNORE = -100
@@ -93,15 +99,32 @@ class CausalScorer:
         Returns:
             ``(N,)``, the logarithm of the share; 0 where nothing is cut off.
         """
-        row, column = predicting(inputs["labels"])
         if settings.top_k == 0 and settings.top_p == 1:
+            row, _ = predicting(inputs["labels"])
             return torch.zeros(len(row), device=row.device)
+        return self._of_logits(inputs, truncation_log_mass, settings)
+
+    @torch.no_grad()
+    def entropy(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> Tensor:
+        """Entropy of what each supervised token was sampled from, ``(N,)`` in nats.
+
+        Args:
+            inputs: As for a call.
+            settings: How completions were sampled.
+        """
+        return self._of_logits(inputs, sampling_entropy, settings)
+
+    def _of_logits(
+        self, inputs: dict[str, Tensor], figure: Callable[..., Tensor], settings: GenerationSettings
+    ) -> Tensor:
+        """``(N,)``: a figure of the logits ``(N, V)`` at the supervised tokens and of the settings, some rows at a time."""
+        row, column = predicting(inputs["labels"])
         cut = (settings.temperature, settings.top_k, settings.top_p)
         if self.changes_logits:
             with self._only_rows(row * inputs["labels"].shape[1] + column, keep=len(row)):
-                return truncation_log_mass(self._run(self._arguments(inputs))[0], *cut)
+                return figure(self._run(self._arguments(inputs))[0], *cut)
         hidden = self._split(self.hidden(inputs, row, column))
-        return torch.cat([truncation_log_mass(self._head(rows), *cut) for rows in hidden])
+        return torch.cat([figure(self._head(rows), *cut) for rows in hidden])
 
     def hidden(self, inputs: dict[str, Tensor], row: Tensor, column: Tensor) -> Tensor:
         """What the output layer sees at some positions.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
-from hbat_lightning.phases import Part, Phase, Plan
+from hbat_lightning.phases import Part, Phase, Plan, Progress
 from hbat_lightning.schedules import Schedule
 from hbat_lightning.switches import PhaseKey
 
@@ -108,6 +108,10 @@ class SampledSet(ABC):
         """
 
     @abstractmethod
+    def forget(self) -> None:
+        """Let go of the samples at hand."""
+
+    @abstractmethod
     def units(self, row: int) -> int:
         """How much a sampled row counts in the mean of the loss."""
 
@@ -128,8 +132,8 @@ class SampledSet(ABC):
         """Take over saved samples."""
 
 
-Measure = Callable[[PhaseKey, Sequence[MicroBatch]], float]
-"""Phase, micro-batches -> the mean of their loss, at the current parameters and without dropout."""
+Measure = Callable[[PhaseKey, Sequence[MicroBatch]], Progress]
+"""Phase, a window's micro-batches -> the objective's progress as they show it, at the current parameters, without dropout."""
 
 
 def stable_seed(*parts: object) -> int:
@@ -202,17 +206,12 @@ class WindowStream:
                 for name, shards in self.shards.items()
             }
         )
-        if self.plan.measures and any(isinstance(rows, SampledSet) for rows in self.data.values()):
-            raise UserError(
-                f"{type(schedule).__name__} compares losses, and that of an objective on rollouts does not say how far it is "
-                "from its best: take the schedule RandomMix, or an objective on data"
-            )
         self._measure: Measure | None = None
         self.round = 0
         self.position = 0
 
     def measure_with(self, measure: Measure) -> None:
-        """Say who measures losses, where the plan goes by them."""
+        """Say who measures progress, where the plan goes by it."""
         self._measure = measure
 
     @property
@@ -316,7 +315,7 @@ class WindowStream:
         repeat, window = divmod(inside, -(-len(rows) // size))
         again = permutation(len(rows), *name, turn, repeat) if repeat else range(len(rows))
         own = [rows[place] for place in again[window * size : (window + 1) * size]]
-        return _Place("/".join(map(str, (*name[1:], turn))), rows, own)
+        return _Place("/".join(map(str, (*name[1:], turn))), rows, own, first=inside == 0)
 
     def _split(self, objective: str, rows: Sequence[int]) -> list[Sequence[int]]:
         """A window's rows of an objective, split over its micro-batches."""
@@ -335,15 +334,25 @@ class WindowStream:
 
     def _window(self, phase: Phase, step: int) -> list[MicroBatch]:
         """A window's micro-batches; those of two objectives take turns."""
-        self.plan.choose(phase.offset + step, lambda part: self._loss_of(phase, step, part))
+        measured: list[Part] = []
+        self.plan.choose(phase.offset + step, lambda part: self._progress_of(phase, step, part, measured))
+        for part in set(measured) - set(phase.parts(step)):
+            self._drop_untouched(part)
         shares = [self._share(phase, step, part) for part in phase.parts(step)]
         window = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
         return [*window[:-1], window[-1]._replace(last=True)]
 
-    def _loss_of(self, phase: Phase, step: int, part: Part) -> float:
+    def _progress_of(self, phase: Phase, step: int, part: Part, measured: list[Part]) -> Progress:
         if self._measure is None:
-            raise RuntimeError("nobody measures losses: call measure_with() first")
+            raise RuntimeError("nobody measures progress: call measure_with() first")
+        measured.append(part)
         return self._measure(PhaseKey(phase.index, phase.objective), self._share(phase, step, part))
+
+    def _drop_untouched(self, part: Part) -> None:
+        """Let go of samples that were only measured: by the time their turn comes, the policy will be another one."""
+        data, place = self.data[part.objective], self._place(part)
+        if isinstance(data, SampledSet) and place.first:
+            data.forget()
 
     def _share(self, phase: Phase, step: int, part: Part) -> list[MicroBatch]:
         """The micro-batches of one objective in a window."""
@@ -374,8 +383,10 @@ class _Place(NamedTuple):
         key: Names the cycle.
         cycle: Rows of the whole cycle, in the order of its first pass.
         rows: The window's own rows.
+        first: Whether the cycle begins with it.
     """
 
     key: str
     cycle: list[int]
     rows: list[int]
+    first: bool

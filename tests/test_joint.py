@@ -17,6 +17,7 @@ from hbat_lightning.objectives.ppo import PPOModule
 from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Joint, Schedule
 from hbat_lightning.stream import MicroBatch
+from hbat_lightning.values import AdapterValue
 from tests.support import (
     Recorder,
     Run,
@@ -164,7 +165,9 @@ def letters(prompt: str, completion: str) -> float:
 
 def ppo(**settings: Any) -> PPOModule:
     sampling = GenerationSettings(max_new_tokens=6, temperature=1.0)
-    return PPOModule(FunctionReward(letters), sampling=sampling, value=LoraSettings(r=4, alpha=8), **settings)
+    return PPOModule(
+        FunctionReward(letters), sampling=sampling, value=AdapterValue(LoraSettings(r=4, alpha=8)), **settings
+    )
 
 
 def prompts(batch_size: int = 2) -> HybridDataModule:

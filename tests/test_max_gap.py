@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from hbat_lightning import DPOModule, GenerationSettings, LoraSettings, SFTModule
+from hbat_lightning import (
+    DataSource,
+    DPOModule,
+    GenerationSettings,
+    HybridDataModule,
+    LoraSettings,
+    PPOModule,
+    SFTModule,
+)
 from hbat_lightning.callbacks import WindowCheckpoint
-from hbat_lightning.errors import UserError
+from hbat_lightning.data import embedded
 from hbat_lightning.objectives.critic_free import REINFORCEModule
-from hbat_lightning.phases import Part
+from hbat_lightning.phases import Part, Progress
 from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, MaxGap
 from hbat_lightning.stream import MicroBatch, WindowStream
+from hbat_lightning.values import AdapterValue
 from tests.support import Recorder, Run, instruction_loss, pair_scores, preference_loss, put, same_bits
 
 SCHEDULE = {"preference_weight": 0.85, "instruction_best": 1.5, "preference_best": 0.1, "refresh": 3}
@@ -38,14 +49,14 @@ def test_choices_follow_the_gaps_as_they_were_last_seen() -> None:
     for step in range(6):
         parts: list[Part] = []
 
-        def measure(part: Part, step: int = step, parts: list[Part] = parts) -> float:
+        def measure(part: Part, step: int = step, parts: list[Part] = parts) -> Progress:
             parts.append(part)
-            return measured[step][part.objective == PREFERENCE]
+            return Progress(measured[step][part.objective == PREFERENCE])
 
         plan.choose(step, measure)
         phase, inside = plan.at(step)
         (part,) = phase.parts(inside - phase.offset)
-        plan.report(part.objective, trained[step])
+        plan.report(part.objective, Progress(trained[step]))
         found.append((part.objective, part.window))
         asked.append(tuple(parts))
     # gaps: 2 | .75 ; .9 | .75 ; .725 | .75 ; 0 | .375 ; 0 | .6 ; 0 | .225
@@ -144,12 +155,111 @@ def test_a_run_goes_on_bit_identical(
     assert len(set(whole.module.plan.state_dict()["chosen"])) == 2
 
 
-def test_what_cannot_be_is_refused(make_hybrid: Any, make_policy: Any, fit: Any) -> None:
+def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"preference_weight must be in \[0, 1\], got -0.1"):
         MaxGap(preference_weight=-0.1)
     with pytest.raises(ValueError, match="refresh must be at least 1, got 0"):
         MaxGap(refresh=0)
-    sampling = GenerationSettings(max_new_tokens=4, temperature=1.0)
-    rollouts = REINFORCEModule(FunctionReward(lambda prompt, completion: 0.0), sampling=sampling)
-    with pytest.raises(UserError, match="MaxGap compares losses, and that of an objective on rollouts does not say"):
-        fit(by_gaps(make_hybrid, make_policy(), MaxGap(1, 2), preference=rollouts))
+
+
+# ---- rollouts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gap_of_a_reward_is_what_it_lacks() -> None:
+    assert Progress(0.25, rising=True).gap(1.0) == 0.75
+    assert Progress(0.25).gap(1.0) == -0.75
+    schedule = MaxGap(1, 4, 0.5, instruction_best=1.0, preference_best=2.0)
+    plan = schedule.plan({INSTRUCTION: [2], PREFERENCE: [2]})
+    plan.choose(0, lambda part: Progress(1.5, rising=part.objective == PREFERENCE))
+    assert plan.figures == {"gap/instruction": 0.25, "gap/preference": 0.25}
+    plan.report(PREFERENCE, Progress(-1.0, rising=True))
+    assert plan.figures["gap/preference"] == 1.5
+
+
+def prompts() -> HybridDataModule:
+    return HybridDataModule(
+        DataSource(embedded.INSTRUCTION, limit=24, val_fraction=0.1),
+        DataSource(embedded.PREFERENCE, limit=16, val_fraction=0.0),
+        batch_size=2,
+    )
+
+
+SAMPLING = GenerationSettings(max_new_tokens=6, temperature=1.0)
+
+
+def test_on_rollouts_the_gap_is_that_of_rewards_and_measured_ones_are_sampled_anew(
+    make_policy: Any, make_hybrid: Any, fit: Any
+) -> None:
+    """Every reward that is given is seen here: those of a measurement, and those of a window whose turn it is."""
+    given: list[float] = []
+    steps: list[list[float]] = []
+
+    def reward(prompt: str, completion: str) -> float:
+        given.append(len(set(completion)) / 10 + 0.01 * (len(prompt) % 7))
+        return given[-1]
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: MicroBatch, batch_idx: int) -> None:
+            if batch_idx % 2 == 0:
+                steps.append(given.copy())
+                given.clear()
+
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            given.clear()
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            given.clear()
+
+    objective = REINFORCEModule(FunctionReward(reward), sampling=SAMPLING)
+    schedule = MaxGap(2, 9, 0.9, instruction_best=1.0, preference_best=1.4, refresh=3)
+    module = by_gaps(make_hybrid, make_policy(), schedule, preference=objective)
+    run = fit(module, Watch(), data=prompts(), accumulate_grad_batches=2)
+    rows = [row for row in run.log.rows if "gap/preference" in row]
+    chosen = [PREFERENCE if "train/preference/loss" in row else INSTRUCTION for row in rows]
+    assert len(rows) == len(steps) == 18
+    assert set(chosen) == {INSTRUCTION, PREFERENCE}
+    gaps: dict[str, float] = {}
+    refreshed = Counter(chosen[::3])
+    assert refreshed[INSTRUCTION] > 0  # then what was sampled to measure is not trained on
+    for step, (row, name, seen) in enumerate(zip(rows, chosen, steps, strict=True)):
+        assert len(seen) == (4 if step % 3 == 0 or name == PREFERENCE else 0)  # four prompts in a window
+        if step % 3 == 0:
+            gaps = {INSTRUCTION: row["gap/instruction"], PREFERENCE: 0.9 * (1.4 - sum(seen) / 4)}
+            if name == INSTRUCTION:
+                assert row["gap/preference"] == pytest.approx(gaps[PREFERENCE], rel=1e-6)
+        else:
+            assert name == max(gaps, key=lambda one: gaps[one])
+        if name == PREFERENCE:
+            assert row["train/preference/ratio"] == 1.0
+            assert row["train/preference/reward"] == pytest.approx(sum(seen) / 4, rel=1e-6)
+            assert row["gap/preference"] == pytest.approx(0.9 * (1.4 - row["train/preference/reward"]), rel=1e-6)
+        gaps = {one: row[f"gap/{one}"] for one in gaps}
+
+
+def test_a_run_on_rollouts_goes_on_bit_identical(make_policy: Any, make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
+    """Stopped inside a cycle, and where a cycle had only been measured."""
+
+    def letters(prompt: str, completion: str) -> float:
+        return len(set(completion)) / 10 + 0.01 * (len(prompt) % 7)
+
+    def run(folder: str, ckpt_path: Path | None = None, **trainer: Any) -> Run:
+        torch.rand(7 if ckpt_path else 3)  # another process would have another random state
+        value = AdapterValue(LoraSettings(r=4, alpha=8))
+        objective = PPOModule(FunctionReward(letters), value=value, sampling=SAMPLING, rollout_windows=2, passes=2)
+        schedule = MaxGap(2, 9, 0.9, instruction_best=1.0, preference_best=1.4, refresh=3)
+        policy = make_policy(lora=LoraSettings(r=4, alpha=8, dropout=0.1))
+        module = by_gaps(make_hybrid, policy, schedule, preference=objective)
+        checkpoint = WindowCheckpoint(1, str(tmp_path / folder))
+        settings = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "ckpt_path": ckpt_path} | trainer
+        done: Run = fit(module, checkpoint, data=prompts(), **settings)
+        return done
+
+    whole, last = run("whole"), tmp_path / "parts" / "last.ckpt"
+    chosen = whole.module.plan.state_dict()["chosen"]
+    assert len(set(chosen)) == 2
+    inside = next(step for step in range(2, 18) if chosen[:step].count(PREFERENCE) % 4 in (1, 2, 3))
+    parts = [run("parts", max_steps=stop, ckpt_path=last if stop > 1 else None) for stop in (1, inside, 10)]
+    parts.append(run("parts", last))
+    assert same_bits(whole.weights, parts[-1].weights)
+    for name in ("train/instruction/loss", "train/preference/loss", "train/preference/ratio", "gap/preference"):
+        assert [value for part in parts for value in part.log.column(name)] == whole.log.column(name) != [], name

@@ -9,11 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from hbat_lightning import DPOModule, LoraSettings, SFTModule
+from hbat_lightning import (
+    DataSource,
+    DPOModule,
+    GenerationSettings,
+    HybridDataModule,
+    LoraSettings,
+    PPOModule,
+    SFTModule,
+)
 from hbat_lightning.callbacks import SwitchReport, WindowCheckpoint
+from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 from hbat_lightning.phases import BOTH
+from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, RandomMix
+from hbat_lightning.values import AdapterValue
 from tests.support import Recorder, instruction_loss, largest_difference, pair_scores, preference_loss, put, same_bits
 from tests.test_stream import rounds, rows_in, stream, windows
 
@@ -28,7 +39,7 @@ def mixed(make_hybrid: Any, schedule: Any, policy: Any = None, **settings: Any) 
         policy,
         schedule=schedule,
         instruction=SFTModule(),
-        preference=DPOModule(beta=0.5),
+        preference=settings.pop("preference", None) or DPOModule(beta=0.5),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
         **settings,
     )
@@ -145,3 +156,47 @@ def test_a_run_goes_on_bit_identical(
     assert same_bits(whole.module.policy.snapshot("phase_start"), parts[-1].module.policy.snapshot("phase_start"))
     for name in ("train/instruction/loss", "train/preference/loss", "lr", "val/preference/loss"):
         assert [value for part in parts for value in part.log.column(name)] == whole.log.column(name), name
+
+
+def test_with_ppo_cycles_go_on_over_the_draws_and_a_run_goes_on_from_inside_one(
+    make_policy: Any, make_hybrid: Any, fit: Any, tmp_path: Path
+) -> None:
+    """Instruction steps fall between a cycle's windows: its first ratio is 1, and later ones tell how far the policy went."""
+
+    def letters(prompt: str, completion: str) -> float:
+        return len(set(completion)) / 10 + 0.01 * (len(prompt) % 7)
+
+    def run(folder: str, ckpt_path: Path | None = None, **trainer: Any) -> Any:
+        torch.rand(7 if ckpt_path else 3)  # another process would have another random state
+        ppo = PPOModule(
+            FunctionReward(letters),
+            value=AdapterValue(LoraSettings(r=4, alpha=8)),
+            sampling=GenerationSettings(max_new_tokens=6, temperature=1.0),
+            rollout_windows=2,
+            passes=2,
+        )
+        data = HybridDataModule(
+            DataSource(embedded.INSTRUCTION, limit=24, val_fraction=0.1),
+            # four windows of prompts: cycles of two, passed through twice
+            DataSource(embedded.PREFERENCE, limit=16, val_fraction=0.0),
+            batch_size=2,
+        )
+        policy = make_policy(lora=LoraSettings(r=4, alpha=8, dropout=0.1))
+        module = mixed(make_hybrid, RandomMix(2, 12, seed=5), policy, preference=ppo)
+        checkpoint = WindowCheckpoint(1, str(tmp_path / folder))
+        settings = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "ckpt_path": ckpt_path} | trainer
+        return fit(module, checkpoint, data=data, **settings)
+
+    whole, last = run("whole"), tmp_path / "parts" / "last.ckpt"
+    draws = drawn(5, 24, 0.5)
+    assert ["train/preference/loss" in row for row in whole.log.rows if "phase/index" in row] == [
+        objective == PREFERENCE for objective in draws
+    ]
+    ratios = whole.log.column("train/preference/ratio")
+    assert len(ratios) > 8
+    assert [ratio == 1.0 for ratio in ratios] == [number % 4 == 0 for number in range(len(ratios))]
+    stop = next(s for s in range(3, 10) if draws[:s].count(PREFERENCE) % 4 == 2 and draws[s] == INSTRUCTION)
+    parts = [run("parts", max_steps=stop), run("parts", last, max_steps=13), run("parts", last)]
+    assert same_bits(whole.weights, parts[-1].weights)
+    for name in ("train/instruction/loss", "train/preference/loss", "train/preference/ratio"):
+        assert [value for part in parts for value in part.log.column(name)] == whole.log.column(name) != [], name

@@ -162,6 +162,10 @@ class RolloutSet(SampledSet):
         }
         self._key = key
 
+    def forget(self) -> None:
+        """See :meth:`SampledSet.forget`."""
+        self._rollouts, self._key = {}, ""
+
     def units(self, row: int) -> int:
         """What its rollouts count."""
         return sum(self.count(rollout) for rollout in self._rollouts[row])

@@ -31,6 +31,7 @@ from hbat_lightning.functional.reinforcement import (
     kl_k1,
     kl_k3,
     leave_one_out_advantages,
+    sampling_entropy,
     truncation_log_mass,
     whiten,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "rows_per_chunk",
     "rpo_loss",
     "rrhf_loss",
+    "sampling_entropy",
     "selected_log_probs",
     "sequence_log_probs",
     "sft_loss",

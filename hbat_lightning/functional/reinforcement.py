@@ -109,10 +109,10 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     """RLOO (Ahmadian et al. 2024, eq. 7): each sample's reward less the mean of the prompt's other samples.
 
     Args:
-        rewards: ``(P, G)``: G samples of each of P prompts; G is at least 2.
+        rewards: ``(..., G)``: G samples of each prompt; G is at least 2.
 
     Returns:
-        ``(P, G)``.
+        The same shape.
     """
     others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
     return rewards - others
@@ -122,11 +122,11 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """GRPO (Shao et al. 2024, section 4.1.2): rewards against their group's mean, in units of its standard deviation.
 
     Args:
-        rewards: ``(P, G)``: G samples of each of P prompts; G is at least 2.
+        rewards: ``(..., G)``: G samples of each prompt; G is at least 2.
         scale: Whether to divide by the deviation; without it, as in Dr. GRPO (Liu et al. 2025).
 
     Returns:
-        ``(P, G)``.
+        The same shape.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred
@@ -147,9 +147,29 @@ def truncation_log_mass(logits: Tensor, temperature: float, top_k: int, top_p: f
         ``(N,)``, at most 0.
     """
     whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())
-    kept = whole
+    return torch.logsumexp(_truncated(whole, top_k, top_p), -1) - torch.logsumexp(whole, -1)
+
+
+def sampling_entropy(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """``-sum p log p`` in nats of the distribution that tokens are sampled from: tempered, then cut by top-k and top-p.
+
+    Args:
+        logits: ``(N, V)``.
+        temperature: Above 0.
+        top_k: Candidates that stay; 0 is all.
+        top_p: Nucleus that stays; 1 is all.
+
+    Returns:
+        ``(N,)``, at least 0.
+    """
+    whole = TemperatureLogitsWarper(float(temperature))(None, logits.float())
+    probabilities = torch.softmax(_truncated(whole, top_k, top_p), -1)
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+
+def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k > 0:
-        kept = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, kept)
+        logits = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, logits)
     if top_p < 1:
-        kept = TopPLogitsWarper(top_p)(None, kept)
-    return torch.logsumexp(kept, -1) - torch.logsumexp(whole, -1)
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits

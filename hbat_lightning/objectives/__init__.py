@@ -7,6 +7,7 @@ from hbat_lightning.objectives.kto import KTOModule
 from hbat_lightning.objectives.language_model import LanguageModelModule
 from hbat_lightning.objectives.pairwise import PairwiseModule
 from hbat_lightning.objectives.ppo import PPOModule
+from hbat_lightning.objectives.raft import RAFTModule
 from hbat_lightning.objectives.reference_free import ORPOModule, RRHFModule, SimPOModule
 from hbat_lightning.objectives.reward import BradleyTerryModule, ClassifierRewardModule, RewardModule
 from hbat_lightning.objectives.sft import SFTModule
@@ -24,6 +25,7 @@ __all__ = [
     "ObjectiveModule",
     "PPOModule",
     "PairwiseModule",
+    "RAFTModule",
     "REINFORCEModule",
     "RLOOModule",
     "RPOModule",

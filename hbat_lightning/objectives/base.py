@@ -16,6 +16,7 @@ from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
 from hbat_lightning.optimization import default_optimizer
+from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import Single
 from hbat_lightning.scoring import Scorer
@@ -83,6 +84,10 @@ class ObjectiveModule(AlignmentModule):
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Sums over held-out rows: those of the loss."""
         return self.loss(policy, inputs)
+
+    def progress(self, means: Mapping[str, float]) -> Progress:
+        """Its loss."""
+        return Progress(means["loss"])
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Nothing to prepare, unless evaluation compares with the initial policy."""

@@ -16,13 +16,13 @@ from hbat_lightning.functional import (
     leave_one_out_advantages,
     whiten,
 )
-from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.objectives.policy_gradient import PolicyGradientModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
 from hbat_lightning.sums import Sums
 
 
-class REINFORCEModule(RolloutModule):
+class REINFORCEModule(PolicyGradientModule):
     """REINFORCE (Williams 1992) with a baseline: every token of a completion has the completion's advantage.
 
     That is its reward, less ``kl_coefficient`` times its divergence from the reference, less the mean over the cycle's
@@ -31,7 +31,7 @@ class REINFORCEModule(RolloutModule):
 
     Args:
         reward: Scores completions.
-        settings: See :class:`RolloutModule`.
+        settings: See :class:`PolicyGradientModule`.
     """
 
     def __init__(self, reward: Reward, **settings: Any) -> None:
@@ -41,17 +41,18 @@ class REINFORCEModule(RolloutModule):
         """See :meth:`ObjectiveModule.describe`."""
         return f"REINFORCE with a baseline: KL {self.kl_coefficient:g} ({self.kl_estimator}) to {self.reference}"
 
-    def settle(self, rollouts: Sequence[Rollout]) -> None:
+    def settle_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """The same advantage at every token of a completion."""
+        rollouts = [rollout for group in groups for rollout in group]
         _spread(rollouts, whiten(_penalised(self, rollouts)))
 
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
-        """See :meth:`RolloutModule.losses`."""
+        """See :meth:`PolicyGradientModule.losses`."""
         losses = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
         return {"loss": (losses.sum(), torch.tensor(len(losses), device=losses.device))}
 
 
-class RLOOModule(RolloutModule):
+class RLOOModule(PolicyGradientModule):
     """REINFORCE leave-one-out (Ahmadian et al. 2024): the baseline is the mean of the same prompt's other completions.
 
     A completion is one action: its ratio is that of whole completions, and the loss is a mean over completions.
@@ -59,12 +60,12 @@ class RLOOModule(RolloutModule):
     Args:
         reward: Scores completions.
         samples: Completions of each prompt, at least 2.
-        settings: See :class:`RolloutModule`.
+        settings: See :class:`PolicyGradientModule`.
     """
 
     def __init__(self, reward: Reward, samples: int = 4, **settings: Any) -> None:
-        _require_group(samples)
         super().__init__(reward, samples=samples, **settings)
+        _require_groups(self)
 
     def describe(self) -> str:
         """See :meth:`ObjectiveModule.describe`."""
@@ -74,19 +75,20 @@ class RLOOModule(RolloutModule):
         """A completion counts once."""
         return 1
 
-    def settle(self, rollouts: Sequence[Rollout]) -> None:
+    def settle_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Rewards against the others of their prompt; every token carries its completion's."""
-        _spread(rollouts, leave_one_out_advantages(_penalised(self, rollouts).view(-1, self.samples)).flatten())
+        for group in groups:
+            _spread(group, leave_one_out_advantages(_penalised(self, group)))
 
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
-        """See :meth:`RolloutModule.losses`."""
+        """See :meth:`PolicyGradientModule.losses`."""
         row, first = _completions(inputs)
         new, old = (_row_sums(values, row, len(first)) for values in (log_probs, inputs["old_log_probs"]))
         losses = clipped_policy_loss(new, old, inputs["advantages"][first], self.clip)
         return {"loss": (losses.sum(), torch.tensor(len(losses), device=losses.device))}
 
 
-class GRPOModule(RolloutModule):
+class GRPOModule(PolicyGradientModule):
     """Group relative policy optimisation (Shao et al. 2024): rewards against their group's mean and deviation.
 
     The divergence is no part of the reward but of the loss, by k3 under the policy that trains, with its gradient. The loss
@@ -98,7 +100,7 @@ class GRPOModule(RolloutModule):
         samples: Completions of each prompt, at least 2.
         scale_rewards: Divide by the group's deviation; ``false`` is Dr. GRPO (Liu et al. 2025).
         kl_coefficient: Weight of the divergence in the loss.
-        settings: See :class:`RolloutModule`.
+        settings: See :class:`PolicyGradientModule`.
     """
 
     def __init__(
@@ -109,21 +111,22 @@ class GRPOModule(RolloutModule):
         kl_coefficient: float = 0.04,
         **settings: Any,
     ) -> None:
-        _require_group(samples)
         super().__init__(reward, samples=samples, kl_coefficient=kl_coefficient, **settings)
+        _require_groups(self)
         self.scale_rewards = scale_rewards
 
     def describe(self) -> str:
         """See :meth:`ObjectiveModule.describe`."""
         return f"GRPO: {self.samples} samples, KL {self.kl_coefficient:g} (k3, in the loss) to {self.reference}"
 
-    def settle(self, rollouts: Sequence[Rollout]) -> None:
+    def settle_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Rewards against their group's."""
-        rewards = torch.tensor([rollout.figures["shaped_reward"] for rollout in rollouts])
-        _spread(rollouts, group_advantages(rewards.view(-1, self.samples), self.scale_rewards).flatten())
+        for group in groups:
+            rewards = torch.tensor([rollout.figures["shaped_reward"] for rollout in group])
+            _spread(group, group_advantages(rewards, self.scale_rewards))
 
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
-        """See :meth:`RolloutModule.losses`."""
+        """See :meth:`PolicyGradientModule.losses`."""
         surrogate = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
         divergence = kl_k3(log_probs, inputs["reference_log_probs"])
         count = torch.tensor(len(log_probs), device=log_probs.device)
@@ -133,14 +136,14 @@ class GRPOModule(RolloutModule):
         }
 
 
-def _require_group(samples: int) -> None:
-    if samples < 2:
-        raise ValueError(
-            f"samples must be at least 2, got {samples}: a completion is judged against others of its prompt"
-        )
+def _require_groups(module: PolicyGradientModule) -> None:
+    dynamic = module.dynamic_sampling
+    name, least = ("samples", module.samples) if dynamic is None else ("dynamic_sampling.minimum", dynamic.minimum)
+    if least < 2:
+        raise ValueError(f"{name} must be at least 2, got {least}: a completion is judged against others of its prompt")
 
 
-def _penalised(module: RolloutModule, rollouts: Sequence[Rollout]) -> Tensor:
+def _penalised(module: PolicyGradientModule, rollouts: Sequence[Rollout]) -> Tensor:
     """``(S,)`` rewards less what their divergence costs."""
     return torch.tensor(
         [

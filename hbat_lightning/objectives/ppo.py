@@ -9,42 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.data.rollouts import Rollout
 from hbat_lightning.functional import clipped_policy_loss, clipped_value_loss, gae, whiten
-from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.objectives.policy_gradient import PolicyGradientModule
 from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
-from hbat_lightning.scalars import ScalarAdapter
 from hbat_lightning.scoring import predicting
 from hbat_lightning.sums import Sums
+from hbat_lightning.values import AdapterValue, Value
 
-_DEFAULT_LORA = LoraSettings()
 
-
-class PPOModule(RolloutModule):
+class PPOModule(PolicyGradientModule):
     """Preference training by PPO (Schulman et al. 2017) with generalised advantages, as in InstructGPT.
 
     Each token costs ``kl_coefficient`` times its divergence from the reference, and the last one earns the reward. A value
-    function, on an adapter of its own on the policy's base, says what is to be expected; advantages are estimated from both
+    function says what is to be expected; advantages are estimated from both
     (:func:`~hbat_lightning.functional.gae`) and whitened over the tokens of a cycle. The loss is a mean over tokens of the
     clipped surrogate plus ``value_coefficient`` times the clipped value loss.
 
     Args:
         reward: Scores completions.
-        value: Settings of the value function's adapter.
+        value: The value function; on an adapter of its own on the policy's base when not given.
         value_coefficient: Weight of the value loss.
         value_clip: How far a value may move from what it was when the completion was sampled.
         gamma: Discount per token.
         lam: How far returns are trusted over values.
         passes: How often rollouts are trained on.
-        settings: See :class:`RolloutModule`.
+        settings: See :class:`PolicyGradientModule`.
     """
 
     def __init__(
         self,
         reward: Reward,
-        value: LoraSettings = _DEFAULT_LORA,
+        value: Value | None = None,
         value_coefficient: float = 0.1,
         value_clip: float = 0.2,
         gamma: float = 1.0,
@@ -58,7 +55,7 @@ class PPOModule(RolloutModule):
                 f"{value_clip}, {value_coefficient}"
             )
         super().__init__(reward, passes=passes, **settings)
-        self.value = ScalarAdapter("value", value)
+        self.value = value or AdapterValue()
         self.value_coefficient, self.value_clip, self.gamma, self.lam = value_coefficient, value_clip, gamma, lam
 
     def describe(self) -> str:
@@ -77,6 +74,15 @@ class PPOModule(RolloutModule):
         """The value function's."""
         return self.value.parameters_of(policy)
 
+    def state(self) -> dict[str, Any]:
+        """Also what the value function is made of."""
+        return super().state() | {"value": self.value.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`ObjectiveModule.load_state`."""
+        super().load_state(state)
+        self.value.require_state(state["value"])
+
     def judge(self, policy: Policy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The value before each token."""
         return {"old_values": self._values(policy, inputs)}
@@ -85,8 +91,9 @@ class PPOModule(RolloutModule):
         values: Tensor = self.value(policy, inputs, *predicting(inputs["labels"]))
         return values
 
-    def settle(self, rollouts: Sequence[Rollout]) -> None:
+    def settle_advantages(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Advantages and returns, over all completions of a cycle."""
+        rollouts = [rollout for group in groups for rollout in group]
         rewards = []
         for rollout in rollouts:
             reward = -self.kl_coefficient * self.divergence(rollout)
@@ -102,7 +109,7 @@ class PPOModule(RolloutModule):
             rollout.tokens |= {"advantages": advantages[number, :length], "returns": returns[number, :length]}
 
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
-        """See :meth:`RolloutModule.losses`."""
+        """See :meth:`PolicyGradientModule.losses`."""
         surrogate = clipped_policy_loss(log_probs, inputs["old_log_probs"], inputs["advantages"], self.clip)
         values = self._values(policy, inputs)
         value = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.value_clip)

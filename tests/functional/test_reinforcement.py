@@ -17,6 +17,7 @@ from hbat_lightning.functional.reinforcement import (
     kl_k1,
     kl_k3,
     leave_one_out_advantages,
+    sampling_entropy,
     truncation_log_mass,
     whiten,
 )
@@ -124,6 +125,20 @@ def test_the_mass_that_truncation_leaves(temperature: float, top_k: int, top_p: 
         among = probabilities[kept] / probabilities[kept].sum()
         nucleus = next(n for n in range(1, len(kept) + 1) if among[:n].sum() >= top_p - 1e-9)
         assert mass == pytest.approx(probabilities[kept[:nucleus]].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.6), (0.7, 4, 0.8), (1.0, 1, 1.0)]
+)
+def test_the_entropy_of_what_is_sampled_from(temperature: float, top_k: int, top_p: float) -> None:
+    logits = 2 * double(5, 9, seed=2)
+    got = sampling_entropy(logits, temperature, top_k, top_p)
+    for row, entropy in zip(logits.numpy(), got.tolist(), strict=True):
+        probabilities = np.sort(np.exp(row / temperature) / np.exp(row / temperature).sum())[::-1]
+        probabilities = probabilities[: top_k or None]
+        probabilities = probabilities / probabilities.sum()
+        kept = probabilities[: next(n for n in range(1, 10) if probabilities[:n].sum() >= top_p - 1e-9)]
+        assert entropy == pytest.approx(-sum(p * math.log(p) for p in kept / kept.sum()), abs=1e-5)
 
 
 def bandit_gradient(logits: Tensor, rewards: Tensor) -> Tensor:
