@@ -85,11 +85,19 @@ class Rollout:
 Prompts = Sequence[Sequence[list[int]]]
 """Ids of prompts, grouped as micro-batches will be."""
 
-RollOut = Callable[[Any, Prompts, torch.device], list[list[list[Rollout]]]]
-"""The policy, prompts, where the policy is -> for every prompt its rollouts, in the same grouping."""
+Each = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""Like ``map``: a job and its items -> the results, in order. Somebody else may do some of them."""
+
+RollOut = Callable[[Any, Prompts, torch.device, Each], list[list[list[Rollout]]]]
+"""The policy, prompts, where the policy is, who does the sampling -> for every prompt its rollouts, in the same grouping."""
 
 Sampler = Callable[[PhaseKey, Prompts, int], list[list[list[Rollout]]]]
 """Phase, prompts, seed -> the same, from the policy as it is in that phase."""
+
+
+def one_by_one(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """The plain :data:`Each`: all of them, here."""
+    return [job(item) for item in items]
 
 
 def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hbat_lightning.data.formats import parse_prompts
 from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.data.rollouts import (
+    Each,
     Prompts,
     PromptSet,
     Rollout,
@@ -21,6 +22,7 @@ from hbat_lightning.data.rollouts import (
     draft_opening,
     encode_opening,
     fit_opening,
+    one_by_one,
 )
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.data.tokenization import Encoder
@@ -154,17 +156,25 @@ class RolloutModule(ObjectiveModule):
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
-    def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
-        """Sample, score, reward, and settle what the loss will need; in evaluation mode and without a graph."""
-        groups = [self._sample(policy, part, device) for part in prompts]
-        for group in groups:
-            self._look(policy, group, device)
+    def roll_out(
+        self, policy: Policy, prompts: Prompts, device: torch.device, each: Each = one_by_one
+    ) -> list[list[list[Rollout]]]:
+        """Sample, score, reward, and settle what the loss will need; in evaluation mode and without a graph.
+
+        Groups of prompts may be answered by several processes; what is settled, is over all of them.
+        """
+        groups = each(lambda part: self._answer(policy, part, device), prompts)
         rollouts = [rollout for group in groups for rollout in group]
         self._shape_rewards(rollouts)
         self.settle(rollouts)
         return [
             [group[begin : begin + self.samples] for begin in range(0, len(group), self.samples)] for group in groups
         ]
+
+    def _answer(self, policy: Policy, prompts: Sequence[list[int]], device: torch.device) -> list[Rollout]:
+        group = self._sample(policy, prompts, device)
+        self._look(policy, group, device)
+        return group
 
     def _sample(self, policy: Policy, prompts: Sequence[list[int]], device: torch.device) -> list[Rollout]:
         repeated = [prompt for prompt in prompts for _ in range(self.samples)]
