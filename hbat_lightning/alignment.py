@@ -140,7 +140,8 @@ class AlignmentModule(LightningModule):
             self._window = WindowTotals()
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
-            self.ranks.require_equal("data, seed and schedule", self._data.stream.fingerprint())
+            for what, value in self._data.stream.fingerprint().items():
+                self.ranks.require_equal(what, value)
             self.ranks.require_equal("the checkpoint to go on from", self.trainer.ckpt_path)
             self._data.stream.measure_with(self._mean_loss)
             for name, rows in self._data.train_sets.items():

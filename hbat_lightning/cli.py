@@ -29,6 +29,7 @@ from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.errors import SharedError, UserError
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.strategies import require_strategy
 from hbat_lightning.trainer_checks import is_dry_run
 
 say = rank_zero_only(print)  # once, not once per process
@@ -123,7 +124,9 @@ class HbatCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        require_strategy(trainer)
+        return trainer
 
     @rank_zero_only
     def after_fit(self) -> None:

@@ -108,11 +108,11 @@ class Ranks:
         Raises:
             SharedError: Says whose differs.
         """
-        values = self.gather(value)
-        other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+        first, *others = self.gather(value)
+        other = next((rank for rank, theirs in enumerate(others, 1) if theirs != first), None)
         if other is not None:
             raise SharedError(
-                f"{what} must be the same in every process: {values[0]!r} in process 0, {values[other]!r} in process {other}. "
+                f"{what} must be the same in every process: {first!r} in process 0, {others[other - 1]!r} in process {other}. "
                 "See to it that all nodes read the same files, with the same command"
             )
 

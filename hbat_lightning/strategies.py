@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import os
+from typing import cast
+
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from hbat_lightning.errors import UserError
+
+
+def require_strategy(trainer: Trainer) -> None:
+    """Refuse what cannot work, before any process is started; of what an outer launcher has started, too few or too many.
+
+    Raises:
+        UserError: Says what to use instead.
+        ValueError: Lightning's own words on numbers that do not fit.
+    """
+    strategy = trainer.strategy
+    for refused, message in strategy_refusals(strategy):
+        if refused:
+            raise UserError(message)
+    started = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if isinstance(strategy, DDPStrategy):
+        environment = cast(ClusterEnvironment, strategy.cluster_environment)
+        environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+    elif started > 1:
+        raise UserError(
+            f"{started} processes were started, and each would train by itself, in one run folder: give --trainer.strategy ddp "
+            "and --trainer.devices with the number of processes on a node"
+        )
 
 
 def strategy_refusals(strategy: Strategy) -> list[tuple[bool, str]]:
@@ -21,6 +47,11 @@ def strategy_refusals(strategy: Strategy) -> list[tuple[bool, str]]:
             )
         ]
     return [
+        (
+            strategy._start_method != "popen",
+            f"{name} with start_method {strategy._start_method} is not supported: what was trained would end with its "
+            "processes; use --trainer.strategy ddp",
+        ),
         (
             bool(strategy._ddp_kwargs.get("static_graph")),
             f"{name}(static_graph=True) is not supported: objectives have different graphs; leave it out",

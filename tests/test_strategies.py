@@ -23,7 +23,7 @@ from hbat_lightning.data.conflict_task import preference_reward
 from hbat_lightning.errors import UserError
 from hbat_lightning.objectives import RewardModule
 from hbat_lightning.rewards import FunctionReward
-from hbat_lightning.strategies import find_unused_parameters, strategy_refusals
+from hbat_lightning.strategies import find_unused_parameters, require_strategy, strategy_refusals
 
 
 def messages(strategy: Strategy) -> list[str]:
@@ -44,6 +44,7 @@ def test_what_shards_parameters_is_refused_with_a_way_out(kind: Any) -> None:
         ({"static_graph": True}, "static_graph"),
         ({"ddp_comm_hook": default_hooks.bf16_compress_hook}, "communication hook"),
         ({"model_averaging_period": 4}, "model averaging"),
+        ({"start_method": "spawn"}, "start_method spawn"),
     ],
 )
 def test_ddp_that_would_change_gradients_or_weights_is_refused(settings: Any, message: str) -> None:
@@ -67,6 +68,28 @@ def test_others_are_not(strategy: Strategy) -> None:
 
 def trainer(strategy: Any, devices: int = 2) -> Trainer:
     return Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_that_would_each_train_by_themselves_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun with the configurations' devices 1."""
+    alone = trainer("auto", devices=1)
+    require_strategy(alone)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(
+        UserError, match=r"4 processes were started, and each would train by itself, .*--trainer.devices"
+    ):
+        require_strategy(alone)
+
+
+def test_a_number_of_devices_other_than_that_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is done; torchrun has started two processes here."""
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for variable, value in (variables | {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost"}).items():
+        monkeypatch.setenv(variable, str(value))
+    require_strategy(trainer("ddp"))
+    with pytest.raises(ValueError, match=r"devices=3.*does not match the world size \(2\)"):
+        require_strategy(trainer("ddp", devices=3))
 
 
 @pytest.mark.parametrize("needed", [True, False])

@@ -63,7 +63,7 @@ def test_settings_that_cannot_be_honoured_are_refused(settings: Any, message: st
         {"max_epochs": 2, "limit_val_batches": 0},
         {"fast_dev_run": 2},
         {"max_epochs": 2, "devices": 2},
-        {"max_epochs": 2, "devices": 2, "strategy": "ddp_spawn"},
+        {"max_epochs": 2, "devices": 2, "strategy": "ddp"},
     ],
     ids=str,
 )
