@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hbat_lightning.checkpoint_state import adopt_state, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
-from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet
+from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet, SharedWork
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings
@@ -33,7 +33,7 @@ from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import Policy
 from hbat_lightning.ranks import Ranks
 from hbat_lightning.schedules import Plan, Schedule
-from hbat_lightning.strategies import find_unused_parameters
+from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
 from hbat_lightning.stream import MicroBatch, stable_seed
 from hbat_lightning.sums import Totals, WindowTotals, pool, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
@@ -156,7 +156,7 @@ class AlignmentModule(LightningModule):
             self._build()
         self.ranks.require_equal("the base model's weights", self.policy.base_fingerprint)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            find_unused_parameters(self.trainer, self._leaves_parameters_unused())
+            find_unused_parameters(self.trainer, leaves_parameters_unused(self.policy, self.objectives))
 
     def _build(self) -> None:
         device, fresh = self.trainer.strategy.root_device, not self.policy.built
@@ -194,15 +194,6 @@ class AlignmentModule(LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 self.objectives[loader.objective].prepare_evaluation(score, batches)
             self._prepared[loader.objective] = loader.digest
-
-    def _leaves_parameters_unused(self) -> bool:
-        """Whether some steps leave trained parameters without a gradient, which DDP must know beforehand.
-
-        What trains beside the policy for one objective is idle in the phases of the other; and where it stands in the place
-        of the output layer, as in a reward model, that layer is idle, if it trains.
-        """
-        own = any(objective.own_parameters(self.policy) for objective in self.objectives.values())
-        return own and (len(self.objectives) > 1 or self.policy.lora is None)
 
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""
@@ -295,18 +286,9 @@ class AlignmentModule(LightningModule):
         self.policy.eval()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            rollouts = roll_out(self.policy, prompts, self.device, partial(self._each, seed))
+            rollouts = roll_out(self.policy, prompts, self.device, SharedWork(self.ranks, seed))
         self._train_mode(objective)
         return rollouts
-
-    def _each(self, seed: int, job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Share items among ranks. Each has a seed of its own, so that it does not matter whose it is."""
-
-        def seeded(numbered: tuple[int, Any]) -> Any:
-            torch.manual_seed(stable_seed(seed, numbered[0]))
-            return job(numbered[1])
-
-        return self.ranks.map(seeded, list(enumerate(items)))
 
     @torch.no_grad()
     def _mean_loss(self, phase: PhaseKey, batches: Sequence[MicroBatch]) -> float:

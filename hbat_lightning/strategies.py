@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import cast
 
 from lightning.fabric.plugins import ClusterEnvironment
@@ -10,6 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from hbat_lightning.errors import UserError
+from hbat_lightning.objective import Objective
+from hbat_lightning.policy import Policy
 
 
 def require_strategy(trainer: Trainer) -> None:
@@ -62,6 +65,16 @@ def strategy_refusals(strategy: Strategy) -> list[tuple[bool, str]]:
             "no checkpoint holds its state; leave ddp_comm_hook and model_averaging_period out",
         ),
     ]
+
+
+def leaves_parameters_unused(policy: Policy, objectives: Mapping[str, Objective]) -> bool:
+    """Whether some steps leave trained parameters without a gradient, which DDP must know beforehand.
+
+    What trains beside the policy for one objective is idle in the phases of the other; and where it stands in the place of the
+    output layer, as in a reward model, that layer is idle, if it trains.
+    """
+    own = any(objective.own_parameters(policy) for objective in objectives.values())
+    return own and (len(objectives) > 1 or policy.lora is None)
 
 
 def find_unused_parameters(trainer: Trainer, needed: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hbat_lightning.data.rollouts import SharedWork
 from hbat_lightning.errors import SharedError, UserError
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.sums import Totals, pool, pooled_means
@@ -100,3 +101,11 @@ def test_held_out_rows_are_pooled_where_a_rank_has_none() -> None:
     one = {"instruction": totals(loss=(6.0, 2.0), kl=(0.0, 0.0)).plain()}
     other = {"instruction": totals(loss=(3.0, 4.0)).plain(), "preference": totals(loss=(1.0, 2.0)).plain()}
     assert pooled_means([one, other, {}]) == {"instruction": {"loss": 1.5}, "preference": {"loss": 0.5}}
+
+
+def test_it_does_not_matter_whose_work_it_is_and_a_second_round_draws_anew() -> None:
+    alone = SharedWork(ALONE, 5)
+    first, second = (alone(lambda item: (item, float(torch.rand(()))), ["a", "b", "c"]) for _ in range(2))
+    assert len({number for _, number in first + second}) == 6
+    other = SharedWork(Scripted(1, 2, [{0: None}, {0: {0: first[0], 2: first[2]}}]), 5)
+    assert other(lambda item: (item, float(torch.rand(()))), ["a", "b", "c"]) == first

@@ -23,7 +23,12 @@ from hbat_lightning.data.conflict_task import preference_reward
 from hbat_lightning.errors import UserError
 from hbat_lightning.objectives import RewardModule
 from hbat_lightning.rewards import FunctionReward
-from hbat_lightning.strategies import find_unused_parameters, require_strategy, strategy_refusals
+from hbat_lightning.strategies import (
+    find_unused_parameters,
+    leaves_parameters_unused,
+    require_strategy,
+    strategy_refusals,
+)
 
 
 def messages(strategy: Strategy) -> list[str]:
@@ -124,7 +129,7 @@ def test_which_runs_leave_parameters_unused(make_hybrid: Any, make_policy: Any) 
         module.policy.build(torch.device("cpu"))
         for objective in module.objectives.values():
             objective.build(module.policy, torch.device("cpu"))
-        return bool(module._leaves_parameters_unused())
+        return leaves_parameters_unused(module.policy, module.objectives)
 
     assert not leaves(make_hybrid())
     assert not leaves(make_hybrid(make_policy(lora=None)))

@@ -14,7 +14,8 @@ from torch import Tensor
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
-from hbat_lightning.stream import Cycle, SampledSet
+from hbat_lightning.ranks import Ranks
+from hbat_lightning.stream import Cycle, SampledSet, stable_seed
 from hbat_lightning.switches import PhaseKey
 
 
@@ -93,6 +94,28 @@ RollOut = Callable[[Any, Prompts, torch.device, Each], list[list[list[Rollout]]]
 
 Sampler = Callable[[PhaseKey, Prompts, int], list[list[list[Rollout]]]]
 """Phase, prompts, seed -> the same, from the policy as it is in that phase."""
+
+
+class SharedWork:
+    """Shares items among ranks. Each has a seed of its own, so that it does not matter whose it is.
+
+    Args:
+        ranks: The processes.
+        seed: For the work of one cycle; a second call draws other numbers than the first.
+    """
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        self.ranks, self.seed, self._calls = ranks, seed, 0
+
+    def __call__(self, job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """See :data:`Each`; results are what jobs return, not what they change."""
+        self._calls += 1
+
+        def seeded(numbered: tuple[int, Any]) -> Any:
+            torch.manual_seed(stable_seed(self.seed, self._calls, numbered[0]))
+            return job(numbered[1])
+
+        return self.ranks.map(seeded, list(enumerate(items)))
 
 
 def one_by_one(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
