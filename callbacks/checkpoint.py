@@ -68,7 +68,7 @@ class WindowCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say what an interrupted run can go on from."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             newest = self.best_model_path or "no checkpoint yet, so the beginning"
             print(f"\nstopped at step {trainer.global_step}; --ckpt_path last goes on from {newest}")
 

@@ -84,7 +84,7 @@ class ImportanceCallback(PhaseCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int
     ) -> None:
         """Note how many units the window has, for Fisher information."""
-        self._units = trainer.accumulate_grad_batches / batch.scale
+        self._units = trainer.accumulate_grad_batches * trainer.world_size / batch.scale
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
@@ -109,6 +109,9 @@ class ImportanceCallback(PhaseCallback):
         """Add what the ended phase moved to what every other objective must hold."""
         trained = {name: parameter.detach() for name, parameter in module.policy.trained_parameters().items()}
         new = self.importance.measure(self.anchors(module), trained, gradients)
+        new = module.ranks.first(
+            new
+        )  # with nondeterministic kernels, ranks' own would drift apart, and then the weights
         for objective in module.objectives:
             if objective != ended:
                 self._held_for[objective] = self.importance.accumulate(self._held_for.get(objective), new)

@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes ``predictions.jsonl`` in the run folder: a row per prompt, as they come.
+    """Writes ``predictions.jsonl`` in the run folder: a row per prompt, as they come, of all processes.
 
     Args:
         filename: Name of the file in the run folder.
@@ -22,12 +23,14 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.filename = filename
 
+    @rank_zero_only
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty file."""
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
 
+    @rank_zero_only
     def write_on_batch_end(
         self,
         trainer: Trainer,

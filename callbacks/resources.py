@@ -9,11 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from hbat_lightning.ranks import Ranks
 from hbat_lightning.stream import MicroBatch
 
 
 class ResourceMonitor(Callback):
     """Logs seconds, tokens per second and, on a GPU, the peak of allocated memory of each optimizer step.
+
+    Of several devices: the slowest one's seconds, the tokens of all, and the highest peak.
 
     A step is its whole window, from the arrival of the first micro-batch to the end of the update; the first of a phase
     has the switch in it. Validation and checkpoints are no part of it. Times differ from run to run, and so will
@@ -45,12 +48,17 @@ class ResourceMonitor(Callback):
         """Log the window."""
         if not isinstance(batch, MicroBatch) or not batch.last:
             return
-        values = {}
+        peak = 0.0
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-            values["resources/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        seconds = time.perf_counter() - self._began
-        values["resources/step_seconds"] = seconds
-        values["resources/tokens_per_second"] = float(torch.stack(self._tokens).sum()) / seconds
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        own = (time.perf_counter() - self._began, float(torch.stack(self._tokens).sum()), peak)
+        seconds, tokens, peaks = zip(*Ranks.of(trainer).gather(own), strict=True)
+        values = {
+            "resources/step_seconds": max(seconds),
+            "resources/tokens_per_second": sum(tokens) / max(seconds),
+        }
+        if pl_module.device.type == "cuda":
+            values["resources/peak_gib"] = max(peaks)
         self._tokens = []
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
-from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet
+from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet, SharedWork
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings
@@ -32,9 +32,11 @@ from hbat_lightning.optimization import ParameterGroup, configure
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
+from hbat_lightning.ranks import Ranks
 from hbat_lightning.schedules import Plan, Schedule
+from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
 from hbat_lightning.stream import MicroBatch, stable_seed
-from hbat_lightning.sums import Totals
+from hbat_lightning.sums import Totals, WindowTotals, pool, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
 from hbat_lightning.trainer_checks import check_trainer, next_validation
 
@@ -78,10 +80,9 @@ class AlignmentModule(LightningModule):
         self._prepared: dict[str, str] = {}
         self._phase: PhaseKey | None = None
         self._mode: str | None = None  # the objective that the policy's dropout is set for
-        self._window: dict[str, Totals] = {}
-        self._window_loss: Tensor | float = 0.0
+        self._window = WindowTotals()
         self._held_out: dict[str, Totals] = {}
-        self._completions = CompletionMetrics()
+        self._completions = CompletionMetrics(sync_on_compute=False)  # every process sees all completions
 
     # ---- what a run consists of -----------------------------------------------------------------------------------
 
@@ -117,6 +118,11 @@ class AlignmentModule(LightningModule):
         return data
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return Ranks.of(self.trainer)
+
+    @property
     def origin(self) -> dict[str, Any]:
         """What the trained weights come from, in plain types: the policy's base, the data and the seed."""
         return {"policy": self.policy.identity(), "data": self._data.fingerprint(), "seed": self.run_seed}
@@ -132,9 +138,12 @@ class AlignmentModule(LightningModule):
         if stage == "fit":
             # A second run of the same module begins anew; a checkpoint, loaded after this, will say otherwise.
             self._phase = self._mode = None
-            self._window, self._window_loss = {}, 0.0
+            self._window = WindowTotals()
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
+            for what, value in self._data.stream.fingerprint().items():
+                self.ranks.require_equal(what, value)
+            self.ranks.require_equal("the checkpoint to go on from", self.trainer.ckpt_path)
             self._data.stream.measure_with(self._measure_progress)
             for name, rows in self._data.train_sets.items():
                 if isinstance(rows, RolloutSet):
@@ -144,6 +153,13 @@ class AlignmentModule(LightningModule):
 
     def configure_model(self) -> None:
         """Build the policy; Lightning calls this for every entry point, before it restores a checkpoint."""
+        with self.ranks.together():
+            self._build()
+        self.ranks.require_equal("the base model's weights", self.policy.base_fingerprint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            find_unused_parameters(self.trainer, leaves_parameters_unused(self.policy, self.objectives))
+
+    def _build(self) -> None:
         device, fresh = self.trainer.strategy.root_device, not self.policy.built
         lines: list[str] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -175,7 +191,7 @@ class AlignmentModule(LightningModule):
         for loader in self._data.val_dataloader():
             if self._prepared.get(loader.objective) == loader.digest:
                 continue
-            batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader)
+            batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader if batch.inputs)
             with self.trainer.precision_plugin.forward_context():
                 self.objectives[loader.objective].prepare_evaluation(score, batches)
             self._prepared[loader.objective] = loader.digest
@@ -234,27 +250,26 @@ class AlignmentModule(LightningModule):
         """Sum of the micro-batch's loss, scaled so that the window's mean comes out."""
         sums = self.objectives[batch.objective].loss(self.policy, batch.inputs)
         loss = sums["loss"][0] * batch.scale
-        self._window.setdefault(batch.objective, Totals()).add(sums)
-        self._window_loss = self._window_loss + loss.detach() / self.trainer.accumulate_grad_batches
+        self._window.add(batch.objective, sums, loss)
         if batch.last:
             self._log_window(batch)
         return loss
 
     def _log_window(self, batch: MicroBatch) -> None:
         self._retire_logged()
-        means = {objective: totals.means() for objective, totals in self._window.items()}
+        means, loss = self._window.means(self.ranks, self.device)
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         for objective, figures in means.items():
             self.plan.report(objective, self.objectives[objective].progress(figures))
         values |= self.plan.figures | {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
         values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        self.log("loss", self._window_loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
-        self._window, self._window_loss = {}, 0.0
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
+        self._window = WindowTotals()
 
     def _retire_logged(self) -> None:
         """Stop logging objectives that this window has not trained: Lightning would repeat them until the epoch ends."""
-        idle = tuple(f"train/{objective}/" for objective in self.objectives if objective not in self._window)
+        idle = tuple(f"train/{objective}/" for objective in self.objectives if objective not in self._window.objectives)
         for metric in (cast(Any, self.trainer)._results or {}).values():
             if metric.meta.name.startswith(idle):
                 metric.reset()
@@ -272,8 +287,7 @@ class AlignmentModule(LightningModule):
         self.policy.eval()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            torch.manual_seed(seed)
-            rollouts = roll_out(self.policy, prompts, self.device)
+            rollouts = roll_out(self.policy, prompts, self.device, SharedWork(self.ranks, seed))
         self._train_mode(objective)
         return rollouts
 
@@ -291,6 +305,7 @@ class AlignmentModule(LightningModule):
             inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
             with self.trainer.precision_plugin.forward_context():
                 totals.add(objective.loss(self.policy, inputs))
+        pool([totals], self.ranks, self.device)
         return objective.progress(totals.means())
 
     def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
@@ -327,22 +342,25 @@ class AlignmentModule(LightningModule):
         self._held_out = {}
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up one objective's held-out rows."""
-        totals = self._held_out.setdefault(batch.objective, Totals())
-        totals.add(self.objectives[batch.objective].evaluate(self.policy, batch.inputs))
+        """Add up one objective's held-out rows; a process that has run out of them has none."""
+        with self.ranks.together():
+            if batch.inputs:
+                totals = self._held_out.setdefault(batch.objective, Totals())
+                totals.add(self.objectives[batch.objective].evaluate(self.policy, batch.inputs))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all held-out rows of both objectives."""
+        shares = self.ranks.gather({objective: totals.plain() for objective, totals in self._held_out.items()})
         self.validation_results = {
             f"val/{objective}/{name}": value
-            for objective, totals in self._held_out.items()
-            for name, value in totals.means().items()
+            for objective, means in pooled_means(shares).items()
+            for name, value in means.items()
         }
         self.log_dict(self.validation_results, batch_size=1)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Complete held-out prompts and compare with the data's answers."""
-        for row in self.complete(batch):
+        for row in self._complete_all(batch):
             self._completions.update(row["completion"], row["reference"], row["tokens"], row["stopped"])
 
     def on_test_epoch_end(self) -> None:
@@ -351,8 +369,13 @@ class AlignmentModule(LightningModule):
         self._completions.reset()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete prompts."""
-        return self.complete(batch)
+        """Complete prompts: this process's share, and gather the others'."""
+        return self._complete_all(batch)
+
+    def _complete_all(self, batch: PromptBatch) -> list[dict[str, Any]]:
+        with self.ranks.together():
+            own = self.complete(batch) if batch.prompts else []
+        return [row for rows in self.ranks.gather(own) for row in rows]
 
     def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, as plain rows."""

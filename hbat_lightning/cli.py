@@ -26,10 +26,13 @@ from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionW
 from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
-from hbat_lightning.errors import UserError
+from hbat_lightning.errors import SharedError, UserError
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.strategies import require_strategy
 from hbat_lightning.trainer_checks import is_dry_run
+
+say = rank_zero_only(print)  # once, not once per process
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/hbat",
@@ -121,8 +124,11 @@ class HbatCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        require_strategy(trainer)
+        return trainer
 
+    @rank_zero_only
     def after_fit(self) -> None:
         """Mark the run as finished or stopped, and say where things are."""
         if is_dry_run(self.trainer):
@@ -135,6 +141,7 @@ class HbatCLI(LightningCLI):
         present = [name for name in names if (self.run_folder / name).exists()]
         print(f"run folder: {self.run_folder}\n" + "\n".join(f"  {name}" for name in present))
 
+    @rank_zero_only
     def after_predict(self) -> None:
         """Say where the completions are."""
         print(f"completions: {self.run_folder / 'predictions.jsonl'}")
@@ -155,9 +162,9 @@ class HbatCLI(LightningCLI):
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
             none_yet = f"no checkpoint in {self.run_folder} yet: starting from the beginning"
-            print(none_yet if self.checkpoint is None else f"going on from {self.checkpoint}")
+            say(none_yet if self.checkpoint is None else f"going on from {self.checkpoint}")
         elif self.checkpoint is None and subcommand != "fit":
-            print(
+            say(
                 "no --ckpt_path: this is the policy before training; --ckpt_path last takes the run's newest checkpoint"
             )
         kwargs["ckpt_path"] = None if self.checkpoint is None else str(self.checkpoint)
@@ -255,5 +262,7 @@ def main(args: list[str] | None = None) -> None:
                 make_cli(args)
     except (UserError, ArgumentError) as error:
         line = str(error) if isinstance(error, UserError) else readable(error, args)
-        print("hbat: error: " + " ".join(line.split()), file=sys.stderr)
+        rank = rank_zero_only.rank  # type: ignore[attr-defined]
+        if rank == 0 or not isinstance(error, SharedError):
+            print(f"hbat: error: {f'process {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2) from None

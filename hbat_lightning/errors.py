@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake in the command, the configuration or the data; the command line prints it without a traceback."""
 
 
+class SharedError(UserError):
+    """A mistake that all processes of a run know of; the first one says it for all."""
+
+
 class DataError(UserError):
     """A fault in a data file.
 

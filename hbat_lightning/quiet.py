@@ -16,6 +16,7 @@ _LOGGED = {
     "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
 }
 _WARNED = (
+    r"It is recommended to use .*sync_dist=True",  # figures are summed over processes before they are logged
     ".*gradient_checkpointing.* is deprecated",  # PEFT 0.21 and transformers 5 use old names of their own methods
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 inside itself, with torch 2.13
     "Couldn't infer the batch indices",  # our loaders yield whole batches; nobody asks for indices

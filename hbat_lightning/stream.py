@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
 from hbat_lightning.phases import Part, Phase, Plan, Progress
+from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.schedules import Schedule
 from hbat_lightning.switches import PhaseKey
 
@@ -31,8 +32,8 @@ class MicroBatch(NamedTuple):
         inputs: Tensors of the objective's collation.
         objective: Name of the objective.
         scale: Factor for a *sum* of losses over this micro-batch, such that Lightning's mean over the window's
-            micro-batches is the mean over all units (supervised tokens, pairs) of the window; where a window holds two
-            objectives, the weighted sum of their means.
+            micro-batches, and over processes, is the mean over all units (supervised tokens, pairs) of the window; where a
+            window holds two objectives, the weighted sum of their means.
         phase: Index of the phase in the run.
         round: The round.
         step: Optimizer step inside the phase.
@@ -185,8 +186,9 @@ class WindowStream:
         schedule: Lays out the phases.
         data: Per objective its rows; those the schedule names must be there.
         batch_size: Rows (pairs) in a micro-batch.
-        accumulate: Micro-batches in a window.
+        accumulate: Micro-batches in a window, in each process.
         seed: Seed of the run: the order of rows and the seeds of micro-batches follow from it.
+        ranks: The processes that share every window; a single one when not given.
     """
 
     def __init__(
@@ -196,9 +198,11 @@ class WindowStream:
         batch_size: int,
         accumulate: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.data, self.batch_size, self.accumulate, self.seed = dict(data), batch_size, accumulate, seed
-        self.slots = schedule.slots(accumulate)
+        self.ranks = ranks
+        self.slots = {name: count * ranks.world for name, count in schedule.slots(accumulate).items()}
         self.shards = {name: make_shards(rows, name, schedule.shards, seed) for name, rows in self.data.items()}
         self.plan: Plan = schedule.plan(
             {
@@ -283,7 +287,7 @@ class WindowStream:
         rounds = [[phase.order for phase in phases] for phases in self.plan.rounds]
         plan = hashlib.blake2b(repr(rounds).encode(), digest_size=8).hexdigest()
         return {
-            "batch_size": self.batch_size,
+            "batch_size × devices": self.batch_size * self.ranks.world,
             "accumulate_grad_batches": self.accumulate,
             "seed": self.seed,
             "schedule": f"{len(rounds)} rounds, {self.plan.total_steps} steps ({plan})",
@@ -318,7 +322,7 @@ class WindowStream:
         return _Place("/".join(map(str, (*name[1:], turn))), rows, own, first=inside == 0)
 
     def _split(self, objective: str, rows: Sequence[int]) -> list[Sequence[int]]:
-        """A window's rows of an objective, split over its micro-batches."""
+        """A window's rows of an objective, split over its micro-batches on all ranks."""
         slots = self.slots[objective]
         cuts = [len(rows) * slot // slots for slot in range(slots + 1)]
         return [rows[begin:end] for begin, end in pairwise(cuts)]
@@ -355,12 +359,14 @@ class WindowStream:
             data.forget()
 
     def _share(self, phase: Phase, step: int, part: Part) -> list[MicroBatch]:
-        """The micro-batches of one objective in a window."""
+        """This rank's micro-batches of one objective in a window."""
         data, place = self.data[part.objective], self._place(part)
         if isinstance(data, SampledSet):
             self._sample(data, phase, part.objective, place)
-        # Lightning divides by all micro-batches of the window, whoever's they are.
-        scale = part.weight * self.accumulate / max(1, sum(data.units(row) for row in place.rows))
+        # Lightning divides by all micro-batches of the window, whoever's they are, and DDP by the processes.
+        slots = self.accumulate * self.ranks.world
+        scale = part.weight * slots / max(1, sum(data.units(row) for row in place.rows))
+        dealt = list(enumerate(self._split(part.objective, place.rows)))
         return [
             MicroBatch(
                 inputs=data.collate(rows) if rows else data.blank(),
@@ -372,7 +378,7 @@ class WindowStream:
                 last=False,
                 seed=stable_seed(self.seed, part.objective, part.shard, part.window, slot),
             )
-            for slot, rows in enumerate(self._split(part.objective, place.rows))
+            for slot, rows in dealt[self.ranks.rank :: self.ranks.world]
         ]
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from hbat_lightning.errors import UserError
 from hbat_lightning.schedules import Plan
+from hbat_lightning.strategies import strategy_refusals
 
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
 
@@ -48,11 +48,7 @@ def _refusals(trainer: Any, plan: Plan) -> list[tuple[bool, str]]:
             f"trainer.max_epochs {trainer.max_epochs} is more than the schedule's {rounds} rounds: leave it out, or change "
             "the schedule",
         ),
-        (
-            not isinstance(trainer.strategy, SingleDeviceStrategy),
-            f"{type(trainer.strategy).__name__} is not supported: train on one device, with --trainer.devices 1 and "
-            "--trainer.strategy auto",
-        ),
+        *strategy_refusals(trainer.strategy),
         (
             trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run,
             "trainer.limit_train_batches would cut rounds off before their preference phase: use "

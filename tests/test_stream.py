@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
-from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, Rounds, Schedule, Single
+from hbat_lightning.ranks import ALONE, Ranks
+from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, Joint, RandomMix, Rounds, Schedule, Single
 from hbat_lightning.stream import MicroBatch, WindowStream, make_shards, permutation, stable_seed
 
 
@@ -43,12 +44,13 @@ def stream(
     batch_size: int = 2,
     accumulate: int = 3,
     seed: int = 0,
+    ranks: Ranks = ALONE,
     **digests: str,
 ) -> WindowStream:
     data = {
         name: Rows(count, digests.get(name, "d")) for name, count in zip((INSTRUCTION, PREFERENCE), counts, strict=True)
     }
-    return WindowStream(schedule or Rounds(2, 2, 1), data, batch_size, accumulate, seed)
+    return WindowStream(schedule or Rounds(2, 2, 1), data, batch_size, accumulate, seed, ranks)
 
 
 def rounds(source: WindowStream) -> Iterator[list[MicroBatch]]:
@@ -204,7 +206,7 @@ def test_lightning_finds_the_sampler_that_it_announces_epochs_to() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (stream(batch_size=3), "batch_size was 2, is 3"),
+        (stream(batch_size=3), "batch_size × devices was 2, is 3"),
         (stream(accumulate=2), "accumulate_grad_batches was 3, is 2"),
         (stream(seed=1), "seed was 0, is 1"),
         (stream(counts=(18, 11)), r"instruction rows was '17 \(d\)', is '18 \(d\)'"),
@@ -222,6 +224,38 @@ def test_positions_of_other_runs_are_refused_by_name(other: WindowStream, messag
 def test_state_survives_a_file_read_with_weights_only(tmp_path: Any) -> None:
     torch.save(stream().state_dict(), tmp_path / "state")
     stream().load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "schedule", [Rounds(2, 2, 1), Interval(2, 3, 2), RandomMix(2, 6), Joint()], ids=lambda one: type(one).__name__
+)
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_take_turns_in_the_slots_of_one_window(schedule: Schedule, world: int) -> None:
+    """Together they have the micro-batches, seeds and scales of a single process that accumulates as many."""
+    counts = (19, 13)
+    one = windows(stream(schedule, counts, accumulate=2 * world))
+    shares = [windows(stream(schedule, counts, accumulate=2, ranks=Ranks(rank, world))) for rank in range(world)]
+    assert len(one) == len(shares[0])
+    blank = 0
+    for window, *parts in zip(one, *shares, strict=True):
+        for micro, turn in enumerate(zip(*parts, strict=True)):
+            assert len({batch.objective for batch in turn}) == 1  # the same objective everywhere, at every step
+            assert all(batch.last == (micro == 1) for batch in turn)
+        mine = sorted((same(batch._replace(last=False)) for part in parts for batch in part), key=repr)
+        assert mine == sorted((same(batch._replace(last=False)) for batch in window), key=repr)
+        blank += sum(batch.inputs["rows"].tolist() == [-1] for part in parts for batch in part)
+    assert blank or world == 3  # short windows leave slots empty, of some ranks
+
+
+def test_going_on_needs_the_same_global_batch_and_not_the_same_ranks() -> None:
+    state = stream(batch_size=2, ranks=Ranks(0, 2)).state_dict() | {"position": 6}
+    alone = stream(batch_size=4)
+    alone.load_state_dict(state)
+    assert alone.position == 6
+    with pytest.raises(UserError, match="batch_size × devices was 4, is 2"):
+        stream(batch_size=2).load_state_dict(state)
+    with pytest.raises(UserError, match="accumulate_grad_batches was 3, is 6"):
+        stream(batch_size=2, accumulate=6).load_state_dict(state)
 
 
 def test_orders_and_seeds_are_those_of_every_machine() -> None:

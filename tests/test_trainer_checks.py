@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
 
 from hbat_lightning.errors import UserError
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, Plan, Rounds, Single
@@ -27,7 +28,7 @@ def trainer(**settings: Any) -> Trainer:
     ("settings", "message"),
     [
         ({"max_epochs": 3}, "max_epochs 3 is more than the schedule's 2 rounds"),
-        ({"devices": 2}, r"DDPStrategy is not supported: .*--trainer.devices 1"),
+        ({"devices": 2, "strategy": DDPStrategy(static_graph=True)}, r"static_graph=True\) is not supported"),
         ({"limit_train_batches": 4}, "limit_train_batches would cut rounds off .*max_steps"),
         ({"limit_train_batches": 0.5}, "limit_train_batches would cut rounds off"),
         ({"overfit_batches": 2}, "(overfit|limit_train)_batches"),
@@ -61,6 +62,8 @@ def test_settings_that_cannot_be_honoured_are_refused(settings: Any, message: st
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"max_epochs": 2, "limit_val_batches": 0},
         {"fast_dev_run": 2},
+        {"max_epochs": 2, "devices": 2},
+        {"max_epochs": 2, "devices": 2, "strategy": "ddp"},
     ],
     ids=str,
 )

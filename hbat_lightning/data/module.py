@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
 from hbat_lightning.data.fields import Row
@@ -16,6 +17,7 @@ from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader
 from hbat_lightning.data.templates import TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError, UserError
+from hbat_lightning.ranks import Ranks
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
 from hbat_lightning.stream import TrainingSet, WindowStream, permutation
 
@@ -138,7 +140,7 @@ class HybridDataModule(LightningDataModule):
         truncation: What happens to longer ones: ``error``, ``drop``, ``prompt_left`` or ``completion_right``.
         supervise: Which answers of a conversation are trained, ``all`` or ``last``.
         invalid_rows: What happens to rows that cannot be used: ``error``, or ``drop`` with a count.
-        batch_size: Examples (pairs) in a micro-batch.
+        batch_size: Examples (pairs) in a micro-batch, on each device.
         val_batch_size: The same in evaluation; ``batch_size`` when not given.
     """
 
@@ -174,7 +176,11 @@ class HybridDataModule(LightningDataModule):
     # ---- Lightning's hooks ----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read and encode what the stage needs."""
+        """Read and encode what the stage needs; every process reads everything."""
+        with self.ranks.together():
+            self._set_up(stage)
+
+    def _set_up(self, stage: str) -> None:
         module = cast("AlignmentModule", cast(Any, self.trainer).lightning_module)
         module.require_policy()
         self.expect(module.objectives)
@@ -184,9 +190,16 @@ class HybridDataModule(LightningDataModule):
                 self.load(name, tokenizer, module.run_seed)
         if stage == "fit":
             accumulate = cast(Any, self.trainer).accumulate_grad_batches
-            self._stream = WindowStream(module.schedule, self.train_sets, self.batch_size, accumulate, module.run_seed)
+            self._stream = WindowStream(
+                module.schedule, self.train_sets, self.batch_size, accumulate, module.run_seed, self.ranks
+            )
         if stage in ("test", "predict"):
             self._prompts = self.load_prompts(tokenizer, module.run_seed, compared=stage == "test")
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the data."""
+        return Ranks.of(cast(Any, self.trainer))
 
     @property
     def stream(self) -> WindowStream:
@@ -201,9 +214,9 @@ class HybridDataModule(LightningDataModule):
         return self.stream
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        """One loader per objective with held-out rows."""
+        """One loader per objective with held-out rows: this process's share of them."""
         return [
-            EvaluationLoader(data, name, self.val_batch_size, self.kinds[name].together)
+            EvaluationLoader(data, name, self.val_batch_size, self.kinds[name].together, self.ranks)
             for name, data in self.val_sets.items()
             if len(data)
         ]
@@ -211,7 +224,7 @@ class HybridDataModule(LightningDataModule):
     def test_dataloader(self) -> PromptLoader:
         """Held-out prompts."""
         tokenizer = cast("AlignmentModule", cast(Any, self.trainer).lightning_module).policy.tokenizer
-        return PromptLoader(cast(list[Prompt], self._prompts), self.val_batch_size, pad_id(tokenizer))
+        return PromptLoader(cast(list[Prompt], self._prompts), self.val_batch_size, pad_id(tokenizer), self.ranks)
 
     def predict_dataloader(self) -> PromptLoader:
         """Held-out prompts."""
@@ -383,7 +396,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def with_bar(rows: Rows, what: str) -> Iterator[Any]:
     """The rows, behind a progress bar where there are many."""
-    return iter(tqdm(rows, desc=what, unit="row", leave=False, disable=len(rows) < 5000))
+    hidden = len(rows) < 5000 or rank_zero_only.rank > 0  # type: ignore[attr-defined]
+    return iter(tqdm(rows, desc=what, unit="row", leave=False, disable=hidden))
 
 
 def _with_hint(faults: list[DataError]) -> DataError:

@@ -14,7 +14,8 @@ from torch import Tensor
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
-from hbat_lightning.stream import Cycle, SampledSet
+from hbat_lightning.ranks import Ranks
+from hbat_lightning.stream import Cycle, SampledSet, stable_seed
 from hbat_lightning.switches import PhaseKey
 
 
@@ -85,11 +86,41 @@ class Rollout:
 Prompts = Sequence[Sequence[list[int]]]
 """Ids of prompts, grouped as micro-batches will be."""
 
-RollOut = Callable[[Any, Prompts, torch.device], list[list[list[Rollout]]]]
-"""The policy, prompts, where the policy is -> for every prompt its rollouts, in the same grouping."""
+Each = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""Like ``map``: a job and its items -> the results, in order. Somebody else may do some of them."""
+
+RollOut = Callable[[Any, Prompts, torch.device, Each], list[list[list[Rollout]]]]
+"""The policy, prompts, where the policy is, who does the sampling -> for every prompt its rollouts, in the same grouping."""
 
 Sampler = Callable[[PhaseKey, Prompts, int], list[list[list[Rollout]]]]
 """Phase, prompts, seed -> the same, from the policy as it is in that phase."""
+
+
+class SharedWork:
+    """Shares items among ranks. Each has a seed of its own, so that it does not matter whose it is.
+
+    Args:
+        ranks: The processes.
+        seed: For the work of one cycle; a second call draws other numbers than the first.
+    """
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        self.ranks, self.seed, self._calls = ranks, seed, 0
+
+    def __call__(self, job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """See :data:`Each`; results are what jobs return, not what they change."""
+        self._calls += 1
+
+        def seeded(numbered: tuple[int, Any]) -> Any:
+            torch.manual_seed(stable_seed(self.seed, self._calls, numbered[0]))
+            return job(numbered[1])
+
+        return self.ranks.map(seeded, list(enumerate(items)))
+
+
+def one_by_one(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """The plain :data:`Each`: all of them, here."""
+    return [job(item) for item in items]
 
 
 def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, Tensor]:

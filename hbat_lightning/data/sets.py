@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import DataError
+from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.scoring import IGNORE
 from hbat_lightning.stream import MicroBatch, TrainingSet
 
@@ -44,7 +45,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     Returns:
         ``input_ids`` and ``attention_mask``, each ``(B, T)``.
     """
-    longest = max(len(row) for row in rows)
+    longest = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), longest), pad_id)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
@@ -196,29 +197,44 @@ class FeedbackSet:
         return Encoded(ids[: self._longest], supervised[: self._longest], mine.prompt_length)
 
 
+def deal(rows: int, batch_size: int, ranks: Ranks) -> list[range]:
+    """Rows in order, cut into batches that ranks take turns in, as many on each: the last of a rank's may be empty."""
+    batches = [range(begin, min(begin + batch_size, rows)) for begin in range(0, rows, batch_size)]
+    batches += [range(0)] * (-len(batches) % ranks.world)
+    return batches[ranks.rank :: ranks.world]
+
+
 class EvaluationLoader:
-    """All rows of a set, in order, as micro-batches of one objective.
+    """All rows of a set, in order, as micro-batches of one objective; of several ranks each has a share of them.
+
+    Shares are of whole micro-batches, so that these hold what they would hold in a single process, and as many for every
+    rank: one that has run out gets micro-batches without inputs.
 
     Args:
         data: The rows.
         objective: Name of the objective that evaluates them.
         batch_size: Rows in a micro-batch.
         together: Whether what a row is scored on depends on the others of its micro-batch.
+        ranks: Who shares them.
     """
 
-    def __init__(self, data: TrainingSet, objective: str, batch_size: int, together: bool = False) -> None:
-        self.data, self.objective, self.batch_size = data, objective, batch_size
-        self.digest = f"{data.digest}, {batch_size} at a time" if together else data.digest
+    def __init__(
+        self, data: TrainingSet, objective: str, batch_size: int, together: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self.data, self.objective = data, objective
+        self.batches = deal(len(data), batch_size, ranks)
+        self.digest = f"{data.digest}, {batch_size} at a time" if together or ranks.world > 1 else data.digest
+        if ranks.world > 1:
+            self.digest += f", share {ranks.rank} of {ranks.world}"
 
     def __len__(self) -> int:
         """Number of micro-batches."""
-        return -(-len(self.data) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield them."""
-        for begin in range(0, len(self.data), self.batch_size):
-            rows = range(begin, min(begin + self.batch_size, len(self.data)))
-            yield MicroBatch(self.data.collate(list(rows)), self.objective)
+        for rows in self.batches:
+            yield MicroBatch(self.data.collate(list(rows)) if rows else {}, self.objective)
 
 
 @dataclass(frozen=True)
@@ -254,24 +270,26 @@ class PromptBatch:
 
 
 class PromptLoader:
-    """Prompts in order, padded on the left, where generation wants it.
+    """Prompts in order, padded on the left, where generation wants it; shared like :class:`EvaluationLoader`'s rows.
 
     Args:
         prompts: The prompts.
         batch_size: Prompts in a batch.
         pad_id: Fills up short rows.
+        ranks: Who shares them.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, pad_id: int) -> None:
-        self.prompts, self.batch_size, self.pad_id = list(prompts), batch_size, pad_id
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, pad_id: int, ranks: Ranks = ALONE) -> None:
+        self.prompts, self.pad_id = list(prompts), pad_id
+        self.batches = deal(len(self.prompts), batch_size, ranks)
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self.prompts) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
         """Yield them."""
-        for begin in range(0, len(self.prompts), self.batch_size):
-            part = self.prompts[begin : begin + self.batch_size]
+        for rows in self.batches:
+            part = [self.prompts[row] for row in rows]
             inputs = pad_left([prompt.input_ids for prompt in part], self.pad_id)
             yield PromptBatch(**inputs, prompts=[p.text for p in part], completions=[p.completion for p in part])

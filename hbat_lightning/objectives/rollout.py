@@ -13,6 +13,7 @@ from torch import Tensor
 from hbat_lightning.data.formats import parse_prompts
 from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.data.rollouts import (
+    Each,
     Prompts,
     PromptSet,
     Rollout,
@@ -20,6 +21,7 @@ from hbat_lightning.data.rollouts import (
     draft_opening,
     encode_opening,
     fit_opening,
+    one_by_one,
 )
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.data.tokenization import Encoder
@@ -123,32 +125,42 @@ class RolloutModule(ObjectiveModule):
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
-    def roll_out(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
-        """Sample, reward, and settle what the loss will need; in evaluation mode and without a graph."""
-        parts = self._answer(policy, prompts, device)
+    def roll_out(
+        self, policy: Policy, prompts: Prompts, device: torch.device, each: Each = one_by_one
+    ) -> list[list[list[Rollout]]]:
+        """Sample, reward, and settle what the loss will need; in evaluation mode and without a graph.
+
+        Micro-batches may be answered by several processes; what is settled, is over all of them.
+        """
+        parts = self._answer(policy, prompts, device, each)
         parts = [[self.keep(completions) for completions in part] for part in parts]
-        for part in parts:
-            self.look(policy, [rollout for completions in part for rollout in completions], device)
+        parts = each(lambda part: self._looked_at(policy, part, device), parts)
         self.settle([completions for part in parts for completions in part])
         return parts
 
-    def _answer(self, policy: Policy, prompts: Prompts, device: torch.device) -> list[list[list[Rollout]]]:
+    def _answer(self, policy: Policy, prompts: Prompts, device: torch.device, each: Each) -> list[list[list[Rollout]]]:
         """Rewarded completions of all prompts of a cycle."""
         dynamic = self.dynamic_sampling
         first = self.samples if dynamic is None else dynamic.minimum
-        parts = [self._sample(policy, part, [first] * len(part), device) for part in prompts]
+        parts = each(lambda part: self._sample(policy, part, [first] * len(part), device), prompts)
         if dynamic is None:
             return parts
-        known = [value for part in parts for value in dynamic.capability.of(policy, part, self.sampling, device)]
+        known = list(
+            chain.from_iterable(each(lambda part: dynamic.capability.of(policy, part, self.sampling, device), parts))
+        )
         further = iter([count - first for count in dynamic.counts(known, self.samples)])
-        for part, own in zip(parts, prompts, strict=True):
-            counts = list(islice(further, len(own)))
-            for completions, more in zip(part, self._sample(policy, own, counts, device), strict=True):
-                completions += more
+        work = [(part, list(islice(further, len(part)))) for part in prompts]
+        for part, more in zip(parts, each(lambda own: self._sample(policy, own[0], own[1], device), work), strict=True):
+            for completions, added in zip(part, more, strict=True):
+                completions += added
         for completions, value in zip(chain.from_iterable(parts), known, strict=True):
             for rollout in completions:
                 rollout.figures["capability"] = value
         return parts
+
+    def _looked_at(self, policy: Policy, part: list[list[Rollout]], device: torch.device) -> list[list[Rollout]]:
+        self.look(policy, [rollout for completions in part for rollout in completions], device)
+        return part
 
     def _sample(
         self, policy: Policy, prompts: Sequence[list[int]], counts: Sequence[int], device: torch.device

@@ -10,8 +10,17 @@ import torch
 
 from hbat_lightning import DataSource, HybridDataModule, Policy
 from hbat_lightning.data import embedded
-from hbat_lightning.data.sets import EvaluationLoader, InstructionSet, PreferenceSet, Prompt, PromptLoader, pad_right
+from hbat_lightning.data.sets import (
+    EvaluationLoader,
+    InstructionSet,
+    PreferenceSet,
+    Prompt,
+    PromptLoader,
+    deal,
+    pad_right,
+)
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
+from hbat_lightning.ranks import ALONE, Ranks
 
 
 def encoded(ids: list[int], prompt: int) -> Encoded:
@@ -81,6 +90,33 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert first.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert (second.input_ids.tolist(), second.prompts, second.completions) == ([[8, 9]], ["c"], ["z"])
     assert len(loader) == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 4, 5, 7])
+def test_ranks_share_whole_micro_batches_and_have_as_many(rows: int, world: int) -> None:
+    shares = [deal(rows, 2, Ranks(rank, world)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    in_turn = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert [row for batch in in_turn for row in batch] == list(range(rows))  # every row once, in their order
+    alone = deal(rows, 2, ALONE)
+    assert in_turn[: len(alone)] == alone
+    assert not any(in_turn[len(alone) :])
+
+
+def test_a_rank_that_has_run_out_of_held_out_rows_gets_micro_batches_without_inputs() -> None:
+    data = InstructionSet(ROWS, "f", 0)
+    first, second, third = (EvaluationLoader(data, "instruction", 2, ranks=Ranks(rank, 3)) for rank in range(3))
+    assert [batch.inputs["index"].tolist() for batch in first] == [[0, 1]]
+    assert [batch.inputs["index"].tolist() for batch in second] == [[2]]
+    assert [batch.inputs for batch in third] == [{}]
+    assert len({first.digest, second.digest, third.digest, data.digest}) == 4  # what is prepared is only one's own rows
+
+
+def test_a_rank_that_has_run_out_of_prompts_gets_a_batch_of_none() -> None:
+    loader = PromptLoader([Prompt([4, 5, 6], "a", "x")], 2, pad_id=0, ranks=Ranks(1, 2))
+    (batch,) = loader
+    assert (batch.prompts, batch.completions, batch.input_ids.numel()) == ([], [], 0)
 
 
 # ---- the data module ---------------------------------------------------------------------------------------------------
