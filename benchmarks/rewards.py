@@ -76,7 +76,7 @@ def run(name: str, seed: int, folder: Path) -> dict[str, float]:
         "greedy after": switch["after"]["val/preference/reward"],
         "sampled, first tenth": statistics.mean(sampled[:tenth]),
         "sampled, last tenth": statistics.mean(sampled[-tenth:]),
-        "KL": statistics.mean(float(row["train/preference/kl"]) for row in rows[-tenth:]),
+        "KL": statistics.mean(float(row.get("train/preference/kl", "nan")) for row in rows[-tenth:]),
         "steps": float(len(rows)),
     }
 

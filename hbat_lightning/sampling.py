@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import torch
 
@@ -111,10 +112,15 @@ class DynamicSampling:
         Returns:
             Numbers from ``minimum`` to ``maximum`` whose mean is ``samples``.
         """
-        most = max(capabilities)
+        most, room = max(capabilities), self.maximum - self.minimum
         needs = [most - capability for capability in capabilities]
         given = [0] * len(needs)
+        # Of equal needs the one that has received less comes first, and then the earlier one.
+        queue = [(-need, 0, place) for place, need in enumerate(needs) if room]
+        heapify(queue)
         for _ in range((samples - self.minimum) * len(needs)):
-            open_ones = [place for place, own in enumerate(given) if own < self.maximum - self.minimum]
-            given[max(open_ones, key=lambda place: (needs[place] / (given[place] + 1), -given[place], -place))] += 1
+            _, own, place = heappop(queue)
+            given[place] = own + 1
+            if given[place] < room:
+                heappush(queue, (-needs[place] / (own + 2), own + 1, place))
         return [self.minimum + own for own in given]

@@ -78,6 +78,13 @@ def test_a_run_goes_on_bit_identical_and_its_checkpoint_holds_what_trains(
         assert pieces == whole.log.column(f"train/preference/{name}") != [], name
     assert {row["train/preference/ratio"] for row in whole.first_preference_rows()} == {1.0}
 
+    rows, value = whole.data.train_sets["preference"], whole.module.preference.value
+    inputs = rows.collate(sorted(rows.at_hand)[:2])
+    whole.module.train()  # as Lightning leaves it: values have no dropout all the same
+    with torch.no_grad():
+        one, other = (value(whole.module.policy, inputs, *predicting(inputs["labels"])) for _ in range(2))
+    assert torch.equal(one, other)
+
     state = torch.load(last, weights_only=True)["state_dict"]
     kept = {name.removeprefix("preference.value.") for name in state if name.startswith("preference.")}
     assert kept == trained
@@ -96,7 +103,6 @@ def test_it_says_what_its_model_and_head_say_and_trains_in_preference_phases_onl
     value, policy = run.module.preference.value, run.module.policy
     inputs = run.data.train_sets["preference"].collate(sorted(run.data.train_sets["preference"].at_hand)[:3])
     row, column = predicting(inputs["labels"])
-    run.module.train()  # as Lightning leaves it; values are without dropout all the same
     with torch.no_grad():
         found = value(policy, inputs, row, column)
         before.load_state_dict(value.model.model.state_dict())
