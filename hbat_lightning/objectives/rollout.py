@@ -97,6 +97,7 @@ class RolloutModule(ObjectiveModule):
         self.reward, self.sampling, self.samples, self.reference = reward, sampling, samples, reference
         self.kl_coefficient, self.kl_estimator, self.clip = kl_coefficient, kl_estimator, clip
         self.reward_clip, self.missing_stop_penalty = reward_clip, missing_stop_penalty
+        self.rollout_windows, self.passes, self.whiten_rewards = rollout_windows, passes, whiten_rewards
         self.cycle = Cycle(rollout_windows, passes)
         self._moments = RunningMoments() if whiten_rewards else None
         self._stop = -1
