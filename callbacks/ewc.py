@@ -78,7 +78,10 @@ class ElasticWeightConsolidation(ImportanceCallback):
     ) -> None:
         """Add the pull to the gradients, and log it."""
         module = self.owner(pl_module)
-        if self.strength == 0 or module.step_left_out:
+        if self.strength == 0:
+            return
+        if module.step_left_out:
+            module.retire_logged("ewc/")
             return
         values = self.pull(module)
         pl_module.log_dict(

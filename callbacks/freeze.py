@@ -64,6 +64,7 @@ class ImportanceFreeze(ImportanceCallback):
         """Take the gradients of frozen tensors away, and log how many there are."""
         module = self.owner(pl_module)
         if module.step_left_out:
+            module.retire_logged("freeze/")
             return
         values = self.pull(module)
         pl_module.log("freeze/tensors", values["tensors"], on_step=True, on_epoch=False, batch_size=1)

@@ -274,7 +274,7 @@ class AlignmentModule(LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def _log_window(self, batch: MicroBatch) -> None:
-        self._retire_logged()
+        self.retire_logged(*(f"train/{objective}/" for objective in self.objectives if objective not in self._window))
         means = {objective: totals.means() for objective, totals in self._window.items()}
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         for objective, figures in means.items():
@@ -286,11 +286,10 @@ class AlignmentModule(LightningModule):
         self.log("loss", self._window_loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
         self._window, self._window_loss = {}, 0.0
 
-    def _retire_logged(self) -> None:
-        """Stop logging objectives that this window has not trained: Lightning would repeat them until the epoch ends."""
-        idle = tuple(f"train/{objective}/" for objective in self.objectives if objective not in self._window)
+    def retire_logged(self, *beginnings: str) -> None:
+        """Stop logging what this window has no value of: Lightning would repeat the last one until the epoch ends."""
         for metric in (cast(Any, self.trainer)._results or {}).values():
-            if metric.meta.name.startswith(idle):
+            if metric.meta.name.startswith(beginnings):
                 metric.reset()
 
     @torch.no_grad()
@@ -416,7 +415,7 @@ class AlignmentModule(LightningModule):
         """Add what the weights fit on, the phase in hand and idle optimizer states."""
         checkpoint["hbat"] = {
             **without_secret_settings(self.origin),
-            "run": self.record,
+            "run": self.record if self.trainer.state.fn == TrainerFn.FITTING else self._record,
             "phase": None if self._phase is None else tuple(self._phase),
             "idle_optimizer_states": self._optimizer_states.state_dict(),
             "objectives": {name: objective.state() for name, objective in self.objectives.items()},

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import Change, digest, tokenizer_identity
 from hbat_lightning.errors import UserError
-from hbat_lightning.privacy import without_keys, without_secret_settings
+from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.settings import flat, plain, settings_of
 from hbat_lightning.switches import PhaseCallback
 
@@ -54,7 +54,7 @@ def record_run(module: AlignmentModule, data: HybridDataModule) -> dict[str, Any
     """The record of a run, in plain types and without secrets; the policy must be built.
 
     Returns:
-        ``identity``: by kind of change names with ``[value, in words]``; ``rows``: what follows from it, likewise;
+        ``identity``: by kind of change names with ``[value, in words]``; ``result``: what follows from it, likewise;
         ``settings`` and ``software``: values by name.
     """
     trainer = cast(Any, module.trainer)
@@ -75,11 +75,19 @@ def record_run(module: AlignmentModule, data: HybridDataModule) -> dict[str, Any
         "batch_size": {"batch_size": data.batch_size},
         **_identity_of_data(data),
     }
-    shown = {kind: {name: _pair(value) for name, value in entries.items()} for kind, entries in identity.items()}
-    rows = {f"{name} training rows": _count(part["training"]) for name, part in data.fingerprint().items()}
-    rows["steps of the schedule"] = data.stream.fingerprint()["schedule"]
-    settings = flat(without_secret_settings(_settings(module, data, optimizer)))
-    return {"identity": shown, "rows": rows, "settings": settings, "software": _software(module)}
+    result = {
+        "data": {f"{name} training rows": _count(part["training"]) for name, part in data.fingerprint().items()},
+        "schedule": {"steps of the schedule": data.stream.fingerprint()["schedule"]},
+    }
+    record: dict[str, Any] = without_secret_settings(
+        {
+            "identity": _pairs(identity),
+            "result": _pairs(result),
+            "settings": _settings(module, data, optimizer),
+            "software": {name: version(name) for name in LIBRARIES} | {"device": module.device.type},
+        }
+    )
+    return record | {"settings": flat(record["settings"])}
 
 
 def sample_optimizer(module: AlignmentModule) -> Optimizer:
@@ -94,8 +102,7 @@ def _identity_of_data(data: HybridDataModule) -> dict[str, dict[str, Any]]:
         found["tokenizer"] |= {f"tokenizer's {what}": value for what, value in part["tokenizer"].items()}
         found["template"][f"{name} template"] = _template(part["template"], part["template_digest"])
         # A file that moves is the same file: its digest counts, and its path is only shown.
-        words = without_keys(f"{source.path}, {_count(contents)}")
-        found["data"][f"{name} data"] = (_count(contents), words)
+        found["data"][f"{name} data"] = (_count(contents), f"{source.path}, {_count(contents)}")
         found["data"][f"{name} val_fraction"] = None if source.held_out else source.val_fraction
     return found
 
@@ -131,10 +138,6 @@ def _settings(module: AlignmentModule, data: HybridDataModule, optimizer: Optimi
     }
 
 
-def _software(module: AlignmentModule) -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES} | {"device": module.device.type}
-
-
 def _count(part: Mapping[str, Any]) -> str:
     return f"{part['rows']:,} rows ({part['digest']})"
 
@@ -143,8 +146,12 @@ def _template(name: str, wording: str) -> str:
     return f"{name} ({wording})"
 
 
+def _pairs(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Every value with what is shown of it."""
+    return {kind: {name: _pair(value) for name, value in named.items()} for kind, named in entries.items()}
+
+
 def _pair(value: Any) -> list[Any]:
-    """Value, and what is shown of it."""
     return list(value) if isinstance(value, tuple) else [value, value]
 
 
@@ -219,16 +226,18 @@ def require_same_run(was: Mapping[str, Any], now: Mapping[str, Any], accepted: S
 
 
 def _differences_of_identity(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    found = [
-        Difference(kind, name, _shown(was["identity"][kind], name), _shown(now["identity"][kind], name))
-        for kind in now["identity"]
-        for name in _names(was["identity"][kind], now["identity"][kind])
-        if _value(was["identity"][kind], name) != _value(now["identity"][kind], name)
-    ]
-    if found:
-        return found
-    # What is trained on follows from the above, and from settings that often change nothing, such as max_length.
-    return list(_differences(was["rows"], now["rows"], "data"))
+    found: list[Difference] = []
+    for part in ("identity", "result"):
+        found = [
+            Difference(kind, name, _shown(was[part][kind], name), _shown(now[part][kind], name))
+            for kind in now[part]
+            for name in _names(was[part][kind], now[part][kind])
+            if _value(was[part][kind], name) != _value(now[part][kind], name)
+        ]
+        # What is trained on follows from the identity, and from settings that often change nothing, such as max_length.
+        if found:
+            break
+    return found
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], kind: str) -> Iterable[Difference]:

@@ -62,7 +62,14 @@ def test_no_key_reaches_a_file_or_a_stream(tmp_path: Path, capfd: pytest.Capture
         str(places / "rows.json"),
     ]
     options += ["--trainer.default_root_dir", str(run), "--trainer.accelerator", "cpu"]
-    more = ["--config", str(settings), "--data.init_args.instruction.val_fraction", "0.25", "--trainer.max_steps", "2"]
+    more = [
+        "--config",
+        str(settings),
+        "--data.init_args.instruction.val_fraction",
+        "0.25",
+        "--model.init_args.epochs",
+        "1",
+    ]
     main(["fit", *options, *more])
     main(["inspect", *options])
     main(["export", "--config", str(run / "config.yaml"), "--trainer.logger", "true", "--output", str(out)])

@@ -109,10 +109,11 @@ def test_a_run_that_skips_steps_is_the_run_without_them(make_hybrid: Any, fit: A
         assert same_bits(found, truth)
         assert done.trainer.global_step == by_hand.trainer.global_step == 8
         assert done.log.column("lr") == by_hand.log.column("lr")
-        assert done.log.table("step", "ewc/penalty") == by_hand.log.table("step", "ewc/penalty")
+        made = [row for row in by_hand.log.table("step", "ewc/penalty", "ewc/pull_norm") if row[0] not in bad]
+        assert done.log.table("step", "ewc/penalty", "ewc/pull_norm") == made
         lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
         assert [(line["step"], line["objective"]) for line in lines] == [(1, "instruction"), (3, "preference")]
-        assert [step for step, _ in done.log.table("step", "ewc/penalty")] == [0, 2, 4, 5, 6, 7]
+        assert len(made) == 6
 
 
 def test_weights_and_moments_stay_to_the_last_bit(make_hybrid: Any, fit: Any) -> None:
@@ -333,9 +334,11 @@ def test_a_limit_below_one_is_refused() -> None:
 def test_the_guard_is_a_standard_callback() -> None:
     from hbat_lightning.cli import make_cli
 
-    cli = make_cli(
-        ["--config", str(Path(__file__).parents[2] / "configs" / "sft.yaml"), "--trainer.accelerator", "cpu"], run=False
-    )
+    config = ["--config", str(Path(__file__).parents[2] / "configs" / "sft.yaml"), "--trainer.accelerator", "cpu"]
+    cli = make_cli(config, run=False)
     (guard,) = [one for one in cli.trainer.callbacks if isinstance(one, NonFiniteGuard)]
     assert guard.action == "stop"
+    asked = ["--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.action=skip"]
+    own = make_cli([*config, *asked], run=False).trainer.callbacks
+    assert [one.action for one in own if isinstance(one, NonFiniteGuard)] == ["skip"]
     assert isinstance(cli.model.schedule, Single)
