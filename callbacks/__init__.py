@@ -9,6 +9,7 @@ from hbat_lightning.callbacks.checkpoint import WindowCheckpoint
 from hbat_lightning.callbacks.ewc import ElasticWeightConsolidation
 from hbat_lightning.callbacks.export import PolicyExport
 from hbat_lightning.callbacks.freeze import ImportanceFreeze
+from hbat_lightning.callbacks.non_finite import NonFiniteGuard
 from hbat_lightning.callbacks.predictions import PredictionWriter
 from hbat_lightning.callbacks.progress import PhaseProgressBar
 from hbat_lightning.callbacks.resources import ResourceMonitor
@@ -17,6 +18,7 @@ from hbat_lightning.callbacks.switch_report import SwitchReport
 __all__ = [
     "ElasticWeightConsolidation",
     "ImportanceFreeze",
+    "NonFiniteGuard",
     "PhaseProgressBar",
     "PolicyExport",
     "PredictionWriter",

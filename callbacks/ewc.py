@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
+from hbat_lightning.errors import UserError
 from hbat_lightning.functional import effective_number
 from hbat_lightning.importance import Importance, ImportanceWeights, ProportionalWeights, Tensors
 from hbat_lightning.switches import PhaseKey
@@ -76,9 +77,13 @@ class ElasticWeightConsolidation(ImportanceCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the pull to the gradients, and log it."""
+        module = self.owner(pl_module)
         if self.strength == 0:
             return
-        values = self.pull(self.owner(pl_module))
+        if module.step_left_out:
+            module.retire_logged("ewc/")
+            return
+        values = self.pull(module)
         pl_module.log_dict(
             {f"ewc/{name}": value for name, value in values.items()} | {"ewc/effective_tensors": self._effective},
             on_step=True,
@@ -119,6 +124,11 @@ class ElasticWeightConsolidation(ImportanceCallback):
             return
         factors = self.weights.weights(importance, self.strength)
         mass = torch.stack([factor.double().sum() for factor in factors.values()])
+        if not torch.isfinite(mass).all():
+            raise UserError(
+                f"EWC: the weights that {type(self.weights).__name__} makes of {type(self.importance).__name__} are not "
+                "finite: lower the strength, or take another importance"
+            )
         self._effective = effective_number(mass)
         if self._effective > 0:
             # Scalars as floats, read once per switch: in every step they would cost a launch or a synchronisation each.

@@ -62,7 +62,11 @@ class ImportanceFreeze(ImportanceCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Take the gradients of frozen tensors away, and log how many there are."""
-        values = self.pull(self.owner(pl_module))
+        module = self.owner(pl_module)
+        if module.step_left_out:
+            module.retire_logged("freeze/")
+            return
+        values = self.pull(module)
         pl_module.log("freeze/tensors", values["tensors"], on_step=True, on_epoch=False, batch_size=1)
 
     def pull(self, module: AlignmentModule) -> dict[str, Tensor]:

@@ -130,13 +130,29 @@ class ImportanceCallback(PhaseCallback):
             "objective": self._objective,
             "held_for": self._held_for,
             "importance": self.importance.state_dict(),
+            "kind": self._kind,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's state; :meth:`on_fit_start` moves it to the device."""
+        """Take over a checkpoint's state; :meth:`on_fit_start` moves it to the device.
+
+        Raises:
+            UserError: When it was measured by another importance.
+        """
+        kind = state_dict.get("kind", self._kind)
+        if kind != self._kind:
+            raise UserError(
+                f"{type(self).__name__}.importance: was {kind}, is {self._kind}: what one has measured says nothing to the "
+                "other. Restore it, or start a new run in another folder"
+            )
         self._objective = state_dict["objective"]
         self._held_for = state_dict["held_for"]
         self.importance.load_state_dict(state_dict["importance"])
+
+    @property
+    def _kind(self) -> str:
+        each = "element" if self.importance.per_element else "tensor"
+        return f"{type(self.importance).__name__} per {each}"
 
     # ---- whom it serves -------------------------------------------------------------------------------------------
 

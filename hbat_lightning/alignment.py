@@ -5,6 +5,7 @@ An objective alone and the hybrid of two are both an :class:`AlignmentModule`, s
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,17 +29,19 @@ from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
-from hbat_lightning.optimization import ParameterGroup, configure
+from hbat_lightning.optimization import ParameterGroup, configure, put_in_force
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
+from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.ranks import Ranks
+from hbat_lightning.run_record import go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
 from hbat_lightning.stream import MicroBatch, stable_seed
 from hbat_lightning.sums import Totals, WindowTotals, pool, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
-from hbat_lightning.trainer_checks import check_trainer, next_validation
+from hbat_lightning.trainer_checks import check_trainer, next_validation, scaler_of
 
 OptimizerState = Literal["reset", "shared", "per_objective"]
 
@@ -78,7 +81,10 @@ class AlignmentModule(LightningModule):
         self._optimizer_states = OptimizerStateKeeper(optimizer_state)
         self._wants_snapshot = False
         self._prepared: dict[str, str] = {}
+        self._record: dict[str, Any] | None = None
+        self._gone_on_from: Mapping[str, Any] | None = None
         self._phase: PhaseKey | None = None
+        self._step_left_out = False
         self._mode: str | None = None  # the objective that the policy's dropout is set for
         self._window = WindowTotals()
         self._held_out: dict[str, Totals] = {}
@@ -127,9 +133,28 @@ class AlignmentModule(LightningModule):
         """What the trained weights come from, in plain types: the policy's base, the data and the seed."""
         return {"policy": self.policy.identity(), "data": self._data.fingerprint(), "seed": self.run_seed}
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the run is made of; see :mod:`~hbat_lightning.run_record`."""
+        if self._record is None:
+            self._record = record_run(self, self._data)
+        return self._record
+
     def keep_phase_start(self) -> None:
         """Have a snapshot taken at every phase start. For callbacks, in their ``setup``."""
         self._wants_snapshot = True
+
+    def leave_step_out(self) -> None:
+        """Have the optimizer leave out the step of the window in hand. For callbacks, in ``on_after_backward``."""
+        self._step_left_out = True
+        if scaler_of(self.trainer) is not None:
+            # Leaving steps out is a scaler's own business: it does so wherever it finds something infinite.
+            next(p.grad for p in self.parameters() if p.grad is not None).fill_(math.inf)
+
+    @property
+    def step_left_out(self) -> bool:
+        """Whether the window in hand makes no optimizer step, so that its gradients say nothing."""
+        return self._step_left_out
 
     # ---- set-up ---------------------------------------------------------------------------------------------------
 
@@ -138,6 +163,7 @@ class AlignmentModule(LightningModule):
         if stage == "fit":
             # A second run of the same module begins anew; a checkpoint, loaded after this, will say otherwise.
             self._phase = self._mode = None
+            self._record = self._gone_on_from = None
             self._window = WindowTotals()
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
@@ -226,7 +252,9 @@ class AlignmentModule(LightningModule):
         self._mode = objective
 
     def on_train_start(self) -> None:
-        """In a resumed run drop logged rows of steps that it will do again."""
+        """In a resumed run put settings of the optimizer in force, and drop logged rows of steps that it will do again."""
+        if self._gone_on_from is not None:
+            put_in_force(self.trainer, self._gone_on_from["settings"], self.record["settings"])
         for logger in self.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.forget_from(self.trainer.global_step)
@@ -237,6 +265,7 @@ class AlignmentModule(LightningModule):
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Begin a phase, place the next validation at a switch, and set dropout and seed of the micro-batch."""
+        self._step_left_out = False
         self.begin_phase(PhaseKey(batch.phase, self.plan.objective_of(batch.phase)))
         if batch.objective != self._mode:
             self._train_mode(batch.objective)
@@ -255,23 +284,31 @@ class AlignmentModule(LightningModule):
             self._log_window(batch)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of a step away that is left out: an optimizer leaves alone what has none, moments included."""
+        if self.step_left_out and scaler_of(self.trainer) is None:
+            optimizer.zero_grad(set_to_none=True)
+
     def _log_window(self, batch: MicroBatch) -> None:
-        self._retire_logged()
+        self.retire_logged(
+            *(f"train/{objective}/" for objective in self.objectives if objective not in self._window.objectives)
+        )
         means, loss = self._window.means(self.ranks, self.device)
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         for objective, figures in means.items():
-            self.plan.report(objective, self.objectives[objective].progress(figures))
+            progress = self.objectives[objective].progress(figures)
+            if math.isfinite(progress.value):
+                self.plan.report(objective, progress)
         values |= self.plan.figures | {"phase/round": float(batch.round), "phase/index": float(batch.phase)}
         values["lr"] = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups[0]["lr"]
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=1)
         self._window = WindowTotals()
 
-    def _retire_logged(self) -> None:
-        """Stop logging objectives that this window has not trained: Lightning would repeat them until the epoch ends."""
-        idle = tuple(f"train/{objective}/" for objective in self.objectives if objective not in self._window.objectives)
+    def retire_logged(self, *beginnings: str) -> None:
+        """Stop logging what this window has no value of: Lightning would repeat the last one until the epoch ends."""
         for metric in (cast(Any, self.trainer)._results or {}).values():
-            if metric.meta.name.startswith(idle):
+            if metric.meta.name.startswith(beginnings):
                 metric.reset()
 
     @torch.no_grad()
@@ -404,7 +441,8 @@ class AlignmentModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights fit on, the phase in hand and idle optimizer states."""
         checkpoint["hbat"] = {
-            **self.origin,
+            **without_secret_settings(self.origin),
+            "run": self.record if self.trainer.state.fn == TrainerFn.FITTING else self._record,
             "phase": None if self._phase is None else tuple(self._phase),
             "idle_optimizer_states": self._optimizer_states.state_dict(),
             "objectives": {name: objective.state() for name, objective in self.objectives.items()},
@@ -418,7 +456,12 @@ class AlignmentModule(LightningModule):
                 "test or predict, or load the run's adapter/ with PEFT"
             )
         training = self.trainer.state.fn == TrainerFn.FITTING
+        if training:
+            self._gone_on_from = go_on(checkpoint, self, self._data)
+            check_trainer(self.trainer, self.plan)  # it may be laid out anew
         adopt_state(checkpoint, self.policy, training, own_parameters(self))
+        if not training:
+            warn_of_other_text(checkpoint, self, self._data)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

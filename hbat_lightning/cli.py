@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,12 +23,21 @@ import hbat_lightning.lr
 import hbat_lightning.schedules  # noqa: F401  imported so that short class names work in configurations
 from hbat_lightning import quiet
 from hbat_lightning.alignment import AlignmentModule
-from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionWriter, SwitchReport, WindowCheckpoint
+from hbat_lightning.callbacks import (
+    NonFiniteGuard,
+    PhaseProgressBar,
+    PolicyExport,
+    PredictionWriter,
+    SwitchReport,
+    WindowCheckpoint,
+)
 from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
+from hbat_lightning.data.provenance import Change
 from hbat_lightning.errors import SharedError, UserError
 from hbat_lightning.metrics_logger import MetricsLogger
+from hbat_lightning.privacy import keyless_streams, without_keys, without_secret_settings
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
 from hbat_lightning.strategies import require_strategy
 from hbat_lightning.trainer_checks import is_dry_run
@@ -47,7 +57,7 @@ class SaveFitConfig(SaveConfigCallback):
     """Writes ``config.yaml`` when training begins, so that neither a ``test`` nor a refused ``fit`` changes how a run was made.
 
     What says how the command goes about it, and not how the run is made, is left out: with ``overwrite`` or ``ckpt_path:
-    last`` in it, the same file would replace the run, or go on with it, unasked.
+    last`` in it, the same file would replace the run, or go on with it, unasked. So are settings that look like secrets.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,10 +72,23 @@ class SaveFitConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it; a resumed run has found its place in the data by now."""
         self.config = self.config.clone()
-        self.config.overwrite = False
+        self.config.overwrite, self.config.accept_changes = False, []
         if self.config.ckpt_path == "last":
             self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it into the run folder, on rank 0."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        shown = without_secret_settings(settings, instead=None)
+        note = (
+            ""
+            if shown == settings
+            else "# What looked like a secret is not here: give it in an environment variable.\n"
+        )
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(note + yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 class HbatCLI(LightningCLI):
@@ -76,6 +99,7 @@ class HbatCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See the base class."""
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the run folder.")
+        add_accept_changes(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without Lightning's warning about arguments from Python, which ours are wherever a small command parses them."""
@@ -102,6 +126,7 @@ class HbatCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            self.datamodule.accept_changes += tuple(self._run_config.get("accept_changes") or ())
         except (ValueError, MisconfigurationException) as error:
             said = refusal(str(error)) or str(error)
             raise UserError(f"{said}; change that setting in the configuration or on the command line") from error
@@ -171,11 +196,19 @@ class HbatCLI(LightningCLI):
         return kwargs
 
 
+def add_accept_changes(parser: LightningArgumentParser) -> None:
+    """The option that lets a run go on although something about it has changed; a saved ``config.yaml`` holds it."""
+    add: Any = parser.add_argument
+    about = "Kinds of changes with which training may go on from a checkpoint of another run."
+    add("--accept_changes", type=list[Change], default=[], help=about)
+
+
 def _standard_callbacks(own: list[Callback], trainer: dict[str, Any]) -> list[Callback]:
     """Those of the standard callbacks that the configuration did not give itself, or switch off."""
     standard: list[tuple[type[Callback], Callback, bool]] = [
         (ProgressBar, PhaseProgressBar(), trainer.get("enable_progress_bar") is not False),
         (WindowCheckpoint, WindowCheckpoint(), trainer.get("enable_checkpointing") is not False),
+        (NonFiniteGuard, NonFiniteGuard(), True),
         (SwitchReport, SwitchReport(), True),
         (PolicyExport, PolicyExport(), True),
         (PredictionWriter, PredictionWriter(), True),
@@ -203,7 +236,7 @@ def make_cli(args: ArgsType = None, run: bool = True, cli: type[HbatCLI] = HbatC
         seed_everything_default=42,
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=SaveFitConfig,
-        save_config_kwargs={"overwrite": True},  # require_free() has had its say
+        save_config_kwargs={"save_to_log_dir": False},  # SaveFitConfig writes it by itself
         parser_kwargs=parser,
         args=args,
         run=run,
@@ -255,7 +288,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     quiet.install()
     try:
-        with _information_on_stdout():
+        with keyless_streams(), _information_on_stdout():
             if args and args[0] in COMMANDS:
                 COMMANDS[args[0]][0](args[1:])
             else:
@@ -264,5 +297,6 @@ def main(args: list[str] | None = None) -> None:
         line = str(error) if isinstance(error, UserError) else readable(error, args)
         rank = rank_zero_only.rank  # type: ignore[attr-defined]
         if rank == 0 or not isinstance(error, SharedError):
-            print(f"hbat: error: {f'process {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr)
+            said = f"{f'process {rank}: ' if rank else ''}{' '.join(line.split())}"
+            print("hbat: error: " + without_keys(said), file=sys.stderr)
         raise SystemExit(2) from None

@@ -20,7 +20,7 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.base_model import DType
 from hbat_lightning.callbacks import PolicyExport
 from hbat_lightning.checkpoint_state import adopt_state, require_identity
-from hbat_lightning.cli import HbatCLI, make_cli
+from hbat_lightning.cli import HbatCLI, add_accept_changes, make_cli
 from hbat_lightning.data.module import pad_id
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import decoding
@@ -39,6 +39,7 @@ class ExportCLI(HbatCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options, and those of ``fit``, which a saved ``config.yaml`` holds; here one of them means the output."""
         parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        add_accept_changes(parser)
         add: Any = parser.add_argument
         add("--overwrite", type=bool, default=False, help="Replace an earlier export in the output folder.")
         add("--output", type=str | None, default=None, help="Folder to write; new or empty.")

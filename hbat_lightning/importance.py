@@ -153,8 +153,7 @@ class RunningFisher(Importance):
     @torch.no_grad()
     def observe(self, gradients: Tensors, units: float) -> None:
         """Add ``n g²``; a step with a non-finite gradient is left out."""
-        norms = torch._foreach_norm(list(gradients.values()))
-        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
+        if not _finite(gradients):
             return
         for name, gradient in gradients.items():
             wide = gradient.float()
@@ -187,6 +186,7 @@ class ExactFisher(Importance):
     The square is taken row by row, before the mean; the mean of gradients, squared, is another and much smaller thing
     (van de Ven 2025, arXiv 2502.11756). Labels are those of the data. A row's log-likelihood is the sum over its tokens
     (for pairs: minus the pair's loss); :class:`RunningFisher` is per token, so under one strength the two pull differently.
+    Rows whose gradient is not finite are left out.
 
     Args:
         samples: Rows to run through.
@@ -205,10 +205,17 @@ class ExactFisher(Importance):
         sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in after.items()}
         rows = 0
         for row in gradients:
+            if not _finite(row):
+                continue
             rows += 1
             for name, gradient in row.items():
                 sums[name].add_(gradient.float().square())
         return {name: self._reduce(value / max(1, rows)) for name, value in sums.items()}
+
+
+def _finite(gradients: Tensors) -> bool:
+    norms = torch._foreach_norm(list(gradients.values()))
+    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
 
 class ImportanceWeights(ABC):

@@ -16,6 +16,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.findings import Findings
 from hbat_lightning.inspection import audit
 from hbat_lightning.inspection_view import legend, render, show_tokens, wants_colour
+from hbat_lightning.privacy import without_keys
 
 
 class InspectCLI(HbatCLI):
@@ -71,6 +72,8 @@ def run_inspection(args: list[str]) -> None:
 def _write(findings: Findings, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(findings.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(
+            without_keys(json.dumps(findings.as_json(), indent=2, ensure_ascii=False)) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written ({error.strerror}); give --report FILE") from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +16,7 @@ from lightning.pytorch import Callback
 
 from hbat_lightning import hub
 from hbat_lightning.data import embedded
+from hbat_lightning.privacy import without_secret_settings, without_secrets
 from hbat_lightning.report import read_switches
 from hbat_lightning.switches import PhaseCallback
 
@@ -213,38 +212,6 @@ def _last_validation(training: Training) -> tuple[int, dict[str, float]] | None:
 def _configuration(path: Path) -> str:
     if not path.exists():
         return "Made from Python, without a configuration file."
-    settings = _without_secret_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+    settings = without_secret_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
     return f"<details>\n<summary>config.yaml</summary>\n\n```yaml\n{text}\n```\n\n</details>"
-
-
-# ---- secrets ----------------------------------------------------------------------------------------------------------
-
-_REMOVED = "(removed)"
-_SECRET = re.compile(r"(?:^|_)(?:api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-_ACCOUNT = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-_SHORTEST = 8  # characters of a secret; shorter values would be found in innocent words
-
-
-def _without_secret_settings(value: Any) -> Any:
-    """A configuration without the values of keys that are named like secrets, a logger's ``api_key`` for example."""
-    if isinstance(value, dict):
-        return {
-            key: _REMOVED if inner is not None and _SECRET.search(str(key)) else _without_secret_settings(inner)
-            for key, inner in value.items()
-        }
-    return [_without_secret_settings(inner) for inner in value] if isinstance(value, list) else value
-
-
-def without_secrets(text: str) -> str:
-    """Take out of a text what must not be published.
-
-    These are accounts in addresses, the values of environment variables that are named like secrets, wherever they stand,
-    and the path of the home folder, which mostly is somebody's name.
-    """
-    text = _ACCOUNT.sub(_REMOVED, text)
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= _SHORTEST:
-            text = text.replace(value, _REMOVED)
-    home = str(Path.home())
-    return text.replace(f"{home}/", "~/") if len(home) > 1 else text

@@ -73,6 +73,28 @@ def configure(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def put_in_force(trainer: Any, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Have a resumed run train with its own optimizer settings: a checkpoint brings back those that it was saved under.
+
+    Learning rates are functions of the step, so they are set anew in any case. Other options only where they have changed:
+    some optimizers keep their state among them.
+
+    Args:
+        trainer: The trainer, with its state restored.
+        was: Settings in the checkpoint, by dotted name.
+        now: Settings of the run.
+    """
+    (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+    scheduler, base = config.scheduler, optimizer.defaults["lr"]
+    named = {name: f"optimizer.{name}" for name in optimizer.defaults if name != "lr"}
+    changed = [name for name, key in named.items() if was.get(key) != now.get(key)]
+    scheduler.base_lrs = [base] * len(optimizer.param_groups)
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group |= {name: optimizer.defaults[name] for name in changed}
+        group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def _factor(plan: Plan, shape: LRSchedule, peaks: Mapping[str, float]) -> Callable[[int], float]:
     # A closure: a callable object would put its attributes into the checkpoint.
     def factor(step: int) -> float:

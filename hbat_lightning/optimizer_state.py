@@ -70,5 +70,5 @@ class OptimizerStateKeeper:
         return self._idle
 
     def load_state_dict(self, state: dict[str, dict[int, dict[str, Any]]]) -> None:
-        """Take over saved moments."""
-        self._idle = state
+        """Take over saved moments, where the policy has a use for them."""
+        self._idle = state if self.policy == "per_objective" else {}

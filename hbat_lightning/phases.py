@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
+
+from hbat_lightning.errors import UserError
 
 INSTRUCTION = "instruction"
 PREFERENCE = "preference"
@@ -137,6 +139,18 @@ class JointPhase(Phase):
         return [Part(objective, self.shard, number, weight) for objective, weight in self.weights]
 
 
+class Extent(NamedTuple):
+    """Where a part of a phase lies, and how long it is: what of a plan a changed run keeps of its past.
+
+    Attributes:
+        first_window: See :class:`Phase`.
+        windows: See :class:`Phase`.
+    """
+
+    first_window: int
+    windows: int
+
+
 class Plan:
     """All phases of a run, by round.
 
@@ -148,6 +162,9 @@ class Plan:
     """Whether objectives' progress decides what comes next; then it must be known before a window trains."""
 
     def __init__(self, rounds: Sequence[Sequence[Phase]]) -> None:
+        self._lay_out(rounds)
+
+    def _lay_out(self, rounds: Sequence[Sequence[Phase]]) -> None:
         self.rounds = [list(phases) for phases in rounds]
         self.phases = [phase for phases in self.rounds for phase in phases]
         self._ends = list(accumulate(phase.windows for phase in self.phases))
@@ -197,6 +214,38 @@ class Plan:
         position = self._ends.index(step)
         phase = self.phases[position]
         return phase if phase.offset + phase.windows == phase.length else None
+
+    # ---- going on under another plan ----------------------------------------------------------------------------------
+
+    @property
+    def extents(self) -> list[list[Extent]]:
+        """The extents of all phases, by round."""
+        return [[Extent(phase.first_window, phase.windows) for phase in phases] for phases in self.rounds]
+
+    def keep(self, past: Sequence[Sequence[Extent]]) -> None:
+        """Take the extents of the first rounds from another plan, under which they were begun; later ones stay.
+
+        So optimizer steps that have been made keep their place in the run, whatever the rest of it looks like.
+
+        Args:
+            past: The extents of these rounds, each with as many phases as here.
+
+        Raises:
+            UserError: When what a phase holds was drawn for as many windows as it has.
+        """
+        if any(isinstance(phase, DrawnPhase) for phase in self.phases):
+            raise UserError("the steps of a round that are drawn beforehand cannot change in number: start a new run")
+        rounds = [
+            [replace(phase, **extent._asdict()) for phase, extent in zip(phases, kept, strict=True)]
+            for phases, kept in zip(self.rounds, past, strict=False)
+        ] + self.rounds[len(past) :]
+        lengths: dict[int, int] = {}
+        for phases in rounds:
+            for place, phase in enumerate(phases):
+                offset = lengths.get(phase.index, 0)
+                phases[place] = replace(phase, offset=offset)
+                lengths[phase.index] = offset + phase.windows
+        self._lay_out([[replace(phase, length=lengths[phase.index]) for phase in phases] for phases in rounds])
 
     # ---- what only plans have that are made as training goes ----------------------------------------------------------
 

@@ -24,6 +24,7 @@ from hbat_lightning.memory.advice import advise
 from hbat_lightning.memory.plan import MemoryPlan, make_plan
 from hbat_lightning.memory.rehearsal import PRECISIONS, RunSettings
 from hbat_lightning.memory.view import answer, as_json, render, render_advice
+from hbat_lightning.privacy import without_keys
 
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _PRECISIONS = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -152,6 +153,6 @@ def _title(settings: RunSettings) -> str:
 def _write(report: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(without_keys(json.dumps(report, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written ({error.strerror}); give --report FILE") from error

@@ -81,7 +81,7 @@ class AdapterReward(Reward):
 
     def __init__(self, path: str, lora: LoraSettings = _DEFAULT_LORA) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.lora = path, lora
         self.scalar = ScalarAdapter("reward", lora, path)
 
     def build(self, policy: Policy, device: torch.device) -> None:
@@ -139,6 +139,7 @@ class ClassifierReward(Reward):
         policy_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.model_name_or_path, self.dtype, self.revision = model_name_or_path, dtype, revision
         self.spec = BaseSpec(model_name_or_path, dtype=dtype, revision=revision)
         self.max_length, self.policy_tokens = max_length, policy_tokens
         self._built: list[nn.Module] = []  # in a list, so that checkpoints of a run do not hold it

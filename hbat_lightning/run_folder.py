@@ -12,7 +12,10 @@ from hbat_lightning.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
-OUTPUTS = ("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", MARK, "config.yaml", "predictions.jsonl")
+OUTPUTS = (
+    *("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", "nonfinite.jsonl", MARK, "config.yaml"),
+    "predictions.jsonl",
+)
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 
 

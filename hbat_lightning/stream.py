@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.errors import DataError, UserError
-from hbat_lightning.phases import Part, Phase, Plan, Progress
+from hbat_lightning.phases import Extent, Part, Phase, Plan, Progress
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.schedules import Schedule
 from hbat_lightning.switches import PhaseKey
@@ -210,6 +210,9 @@ class WindowStream:
                 for name, shards in self.shards.items()
             }
         )
+        # Of the schedule's own plan: what a run keeps of its past after a change is no setting.
+        self._fingerprint = self._own_fingerprint()
+        self._accepts = False
         self._measure: Measure | None = None
         self.round = 0
         self.position = 0
@@ -256,8 +259,33 @@ class WindowStream:
             "position": self.position,
             "fingerprint": self.fingerprint(),
             "plan": self.plan.state_dict(),
+            "extents": [[tuple(extent) for extent in phases] for phases in self.plan.extents],
             "sampled": sampled,
         }
+
+    def follow(self, state: dict[str, Any], accepted: bool) -> None:
+        """Lay out the run around a position that will be gone on from, which may be of another schedule or other data.
+
+        Steps stay where they are: rounds that have begun keep their number of steps, and what is left of the one in hand
+        takes its rows from the data as they are now. Rounds that have not begun follow the schedule as it is now.
+
+        Args:
+            state: The :meth:`state_dict` that :meth:`load_state_dict` will get.
+            accepted: Whether it may have been saved under other settings. Samples at hand are then dropped where it was,
+                since their rows may be others.
+
+        Raises:
+            UserError: When there is no place for the position.
+        """
+        self._accepts = accepted
+        past = [[Extent(*extent) for extent in phases] for phases in state["extents"][: state["round"] + 1]]
+        if len(past) > len(self.plan.rounds):
+            raise UserError(
+                f"the schedule's {len(self.plan.rounds)} rounds are over, the checkpoint is in round {len(past)}: give the "
+                "schedule more rounds, or start a new run"
+            )
+        if past != self.plan.extents[: len(past)]:
+            self.plan.keep(past)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -269,7 +297,7 @@ class WindowStream:
         changed = [
             f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in mine if mine[key] != theirs.get(key)
         ]
-        if changed:
+        if changed and not self._accepts:
             raise UserError(
                 "cannot go on from this checkpoint, the training data would be in another order: "
                 + "; ".join(changed)
@@ -278,11 +306,14 @@ class WindowStream:
         self.round, self.position = state["round"], state["position"]
         self.plan.load_state_dict(state["plan"])
         for name, rows in self.data.items():
-            if isinstance(rows, SampledSet):
+            if isinstance(rows, SampledSet) and not changed:
                 rows.load_state_dict(state["sampled"][name])
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides which rows a position means."""
+        return self._fingerprint
+
+    def _own_fingerprint(self) -> dict[str, Any]:
         rows = {f"{name} rows": f"{len(data)} ({data.digest})" for name, data in self.data.items()}
         rounds = [[phase.order for phase in phases] for phases in self.plan.rounds]
         plan = hashlib.blake2b(repr(rounds).encode(), digest_size=8).hexdigest()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from hbat_lightning.errors import UserError
@@ -18,6 +20,12 @@ LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
 def is_dry_run(trainer: Any) -> bool:
     """Whether this is a ``fast_dev_run``, which must leave no file."""
     return bool(trainer.fast_dev_run)
+
+
+def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """The gradient scaler of fp16; no other precision has one."""
+    plugin = trainer.precision_plugin
+    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
 
 def check_trainer(trainer: Trainer, plan: Plan) -> None:

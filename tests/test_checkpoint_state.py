@@ -88,23 +88,37 @@ def changed_base(folder: Path, base_folder: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "on_resume", "message"),
     [
-        ({"lora": LoraSettings(r=8, alpha=8)}, r"another policy .*lora r 4 there, 8 here"),
-        ({"lora": LoraSettings(r=4, alpha=16)}, r"another policy .*lora alpha 8 there, 16 here"),
-        ({"lora": None}, r"another policy .*lora r 4 there, None here"),
-        ({"quantization": "nf4"}, r"another policy .*quantization 'none' there, 'nf4' here"),
+        ({"lora": LoraSettings(r=8, alpha=8)}, "lora r: was 4, is 8", r"another policy .*lora r 4 there, 8 here"),
+        (
+            {"lora": LoraSettings(r=4, alpha=16)},
+            "lora alpha: was 8, is 16",
+            r"another policy .*lora alpha 8 there, 16 here",
+        ),
+        ({"lora": None}, "lora r: was 4, is nothing", r"another policy .*lora r 4 there, None here"),
+        (
+            {"quantization": "nf4"},
+            "quantization: was none, is nf4",
+            r"another policy .*quantization 'none' there, 'nf4' here",
+        ),
         (
             {"lora": LoraSettings(r=4, alpha=8, target_modules=["q_proj"])},
             r"tensors do not match .*0 missing, (48|24) too many",
+            r"tensors do not match .*0 missing, (48|24) too many",
         ),
-        ({"name": "changed"}, r"another policy \(base embedded://tiny-llama, here .*base fingerprint"),
+        (
+            {"name": "changed"},
+            r"base: was embedded://tiny-llama \(\w+\), is .*other \(\w+\)",
+            r"another policy \(base embedded://tiny-llama, here .*base fingerprint",
+        ),
     ],
     ids=["rank", "alpha", "full", "quantization", "targets", "base"],
 )
 @pytest.mark.parametrize("entry", ["fit", "validate", "test"])
 def test_it_is_refused_where_it_does_not_fit(
     settings: Any,
+    on_resume: str,
     message: str,
     entry: str,
     saved: Path,
@@ -118,7 +132,7 @@ def test_it_is_refused_where_it_does_not_fit(
     if "name" in settings:
         settings = {"name": changed_base(tmp_path / "other", base_folder)}
     module = make_hybrid(make_policy(**settings), schedule=SMALL)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=on_resume if entry == "fit" else message):
         getattr(make_trainer(), entry)(module, datamodule=make_data(), ckpt_path=saved)
 
 
@@ -162,11 +176,11 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_other_data_or_windows_are_refused_where_a_position_would_mean_other_rows(
     saved: Path, make_hybrid: Any, make_data: Any, fit: Any
 ) -> None:
-    with pytest.raises(UserError, match=r"another order: batch_size was 2, is 1"):
+    with pytest.raises(UserError, match=r"of another run, batch_size: was 2, is 1"):
         fit(make_hybrid(schedule=SMALL), data=make_data(batch_size=1), ckpt_path=saved)
-    with pytest.raises(UserError, match=r"accumulate_grad_batches was 3, is 2"):
+    with pytest.raises(UserError, match=r"of another run, accumulate_grad_batches: was 3, is 2"):
         fit(make_hybrid(schedule=SMALL), accumulate_grad_batches=2, ckpt_path=saved)
-    with pytest.raises(UserError, match=r"instruction rows was '18 \(\w+\)', is '15 \(\w+\)'"):
+    with pytest.raises(UserError, match=r"instruction data: was \S+, 24 rows \(\w+\), is \S+, 20 rows \(\w+\)"):
         fit(make_hybrid(schedule=SMALL), data=make_data(instruction=20), ckpt_path=saved)
-    with pytest.raises(UserError, match=r"seed was 1234, is 5"):
+    with pytest.raises(UserError, match=r"of another run, seed: was 1234, is 5\."):
         fit(make_hybrid(schedule=SMALL, seed=5), ckpt_path=saved)

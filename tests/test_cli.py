@@ -246,6 +246,27 @@ def test_a_finished_run_that_goes_on_changes_nothing(run: Path, tmp_path: Path) 
     assert without_folder(folder) == without_folder(run)
 
 
+def test_going_on_with_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "stopped"
+    main(["fit", *small_hybrid(folder), "--trainer.max_steps", "1"])
+    again = ["fit", *small_hybrid(folder), "--ckpt_path", "last", "--trainer.max_steps", "2"]
+    main([*again, "--model.init_args.preference.init_args.beta", "0.3"])
+    assert "preference.beta: was 0.1, is 0.3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*again, "--seed_everything", "7"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("hbat: error: this checkpoint is of another run, seed: was 42, is 7. ")
+    assert line.endswith("add --accept_changes [seed]")
+    main([*again[:-1], "3", "--seed_everything", "7", "--accept_changes", "[seed]"])
+    assert "no longer the run that it was: seed: was 42, is 7" in capsys.readouterr().out
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["seed_everything"], saved["accept_changes"]) == (7, [])
+    main(["export", "--config", str(folder / "config.yaml"), *in_folder(folder), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main([*again, "--accept_changes", "[weather]"])
+    assert "accept_changes" in capsys.readouterr().err
+
+
 def test_as_a_module_in_a_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hbat_lightning", "fit", *config("sft"), *few_rows("instruction")]
     options = ["--trainer.fast_dev_run", "true", *in_folder(tmp_path / "run")]

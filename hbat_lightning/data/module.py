@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.kinds import INSTRUCTIONS, PAIRS, RowKind
+from hbat_lightning.data.provenance import Change, RowPlaces, contents_digest, digest, tokenizer_identity
 from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, read_rows
 from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader
-from hbat_lightning.data.templates import TextTemplate, resolve_template
+from hbat_lightning.data.templates import Template, TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError, UserError
 from hbat_lightning.ranks import Ranks
@@ -142,6 +143,8 @@ class HybridDataModule(LightningDataModule):
         invalid_rows: What happens to rows that cannot be used: ``error``, or ``drop`` with a count.
         batch_size: Examples (pairs) in a micro-batch, on each device.
         val_batch_size: The same in evaluation; ``batch_size`` when not given.
+        accept_changes: What may differ from the run that a checkpoint is of when training goes on from it; see
+            :data:`~hbat_lightning.data.provenance.Change`.
     """
 
     def __init__(
@@ -155,6 +158,7 @@ class HybridDataModule(LightningDataModule):
         invalid_rows: Literal["error", "drop"] = "error",
         batch_size: int = 4,
         val_batch_size: int | None = None,
+        accept_changes: Sequence[Change] = (),
     ) -> None:
         super().__init__()
         if batch_size < 1 or max_length < 2:
@@ -165,11 +169,15 @@ class HybridDataModule(LightningDataModule):
         self.template, self.max_length, self.truncation = template, max_length, truncation
         self.supervise, self.invalid_rows = supervise, invalid_rows
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.accept_changes = tuple(accept_changes)
         self.kinds: dict[str, RowKind] = {INSTRUCTION: INSTRUCTIONS, PREFERENCE: PAIRS}
         self.train_sets: dict[str, TrainingSet] = {}
         self.val_sets: dict[str, TrainingSet] = {}
         self.notes: list[str] = []
-        self._templates: dict[str, str] = {}
+        self.places: dict[str, RowPlaces] = {}
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._templates: dict[str, Template] = {}
+        self._tokenizer: dict[str, str] = {}
         self._stream: WindowStream | None = None
         self._prompts: list[Prompt] | None = None
 
@@ -271,24 +279,33 @@ class HybridDataModule(LightningDataModule):
         encoder = self.encoder(name, tokenizer)
         train, held_out = self.split(name, seed)
         for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
-            encoded = self._encode(name, rows, encoder)
+            encoded, places = self._encode(name, rows, encoder)
             self.notes.append(f"{name}: {len(encoded):,} {what} rows of {len(rows):,}")
             kind = self.kinds[name]
             collect = kind.collect if sets is self.train_sets else kind.held_out or kind.collect
             sets[name] = collect(encoded, self.source(name).path, pad_id(tokenizer))
+            if sets is self.train_sets:
+                self.places[name] = places
         if not len(self.train_sets[name]):
             raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
-        self._templates[name] = encoder.template.name
+        self._templates[name] = encoder.template
+        self._tokenizer = self._tokenizer or tokenizer_identity(tokenizer)
         self.notes.append(f"{name}: template {encoder.template.name}, truncation {self.truncation}: {counts}")
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """What was read, in plain types: per objective its source and template, and number and digest of the encoded rows."""
+        """What was read, in plain types: per objective its source and template, and number and digest of the rows.
+
+        The contents are all rows of the source before any template; training and held-out rows are encoded ones.
+        """
         return {
             name: {
                 "source": {key: value for key, value in asdict(self.source(name)).items() if value is not None},
                 "on_hub": is_on_hub(self.source(name).path),
-                "template": self._templates[name],
+                "contents": self._contents[name],
+                "template": self._templates[name].name,
+                "template_digest": digest(self._templates[name].wording),
+                "tokenizer": self._tokenizer,
                 "training": {"rows": len(rows), "digest": rows.digest},
                 "held_out": {"rows": len(self.val_sets[name]), "digest": self.val_sets[name].digest},
             }
@@ -299,6 +316,7 @@ class HybridDataModule(LightningDataModule):
         """The rows of an objective, in canonical form: (training, held-out)."""
         source = self.source(name)
         rows = self.read(name, source.training)
+        self._contents[name] = {"rows": len(rows), "digest": contents_digest(rows)}
         return (rows, self.read(name, source.held_out)) if source.held_out else self.hold_out(name, rows, seed)
 
     def hold_out(self, name: str, rows: Rows, seed: int) -> tuple[Rows, Rows]:
@@ -376,17 +394,21 @@ class HybridDataModule(LightningDataModule):
             prompts.append(Prompt(ids, text, row.answers[0] if row.answers else ""))
         return prompts
 
-    def _encode(self, name: str, rows: Rows, encoder: Encoder) -> list[Any]:
-        encoded, faults = [], []
+    def _encode(self, name: str, rows: Rows, encoder: Encoder) -> tuple[list[Any], RowPlaces]:
+        encoded, places, faults = [], RowPlaces(), []
         for row in with_bar(rows, f"tokenising {name}"):
             try:
-                encoded.append(self.kinds[name].encode(encoder, row))
+                made = self.kinds[name].encode(encoder, row)
             except DataError as fault:
                 if self.is_fatal(fault):
                     raise _with_hint([fault]) from fault
                 faults.append(fault)
+                continue
+            if made is not None:
+                encoded.append(made)
+                places.append(row)
         self._drop(name, faults)
-        return [row for row in encoded if row is not None]
+        return encoded, places
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -202,14 +202,17 @@ class RolloutSet(SampledSet):
         return sum(self.count(rollout) for rollout in self._rollouts[row])
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """See :func:`collate_rollouts`; a prompt's rollouts stand side by side."""
-        return collate_rollouts([rollout for row in rows for rollout in self._rollouts[row]], self.pad_id)
+        """See :func:`collate_rollouts`; a prompt's rollouts stand side by side. And ``index`` ``(S,)``."""
+        numbered = [(row, rollout) for row in rows for rollout in self._rollouts[row]]
+        inputs = collate_rollouts([rollout for _, rollout in numbered], self.pad_id)
+        return inputs | {"index": torch.tensor([row for row, _ in numbered])}
 
     def blank(self) -> dict[str, Tensor]:
         """One row without labels."""
         known = next(iter(self._rollouts.values()))[0]
         empty = Rollout(self.rows[0][:2], [], {name: value[:0] for name, value in known.tokens.items()})
-        return collate_rollouts([empty], self.pad_id) | {name: torch.zeros(0) for name in known.figures}
+        blank = collate_rollouts([empty], self.pad_id) | {name: torch.zeros(0) for name in known.figures}
+        return blank | {"index": torch.tensor([-1])}
 
     def state_dict(self) -> dict[str, Any]:
         """The rollouts at hand."""

@@ -51,6 +51,11 @@ class Template(metaclass=ABCMeta):
     stop_token_id = cast("int | None", None)
     writes_bos = False
 
+    @property
+    def wording(self) -> str:
+        """What it writes by, in full: tells it from another of the same name."""
+        return repr(self)
+
     @abstractmethod
     def segments(self, messages: Sequence[Message], last_only: bool = False) -> list[Segment]:
         """Write a conversation.
@@ -202,6 +207,11 @@ class ChatTemplate(Template):
         self.stop_token_id = specials[stop[0]] if stop else None
         # what the template writes between the answer's content and its stop token is learnt with the answer
         self._answer_tail = self._ending[: stop.start()] if stop else ""
+
+    @property
+    def wording(self) -> str:
+        """See `Template.wording`."""
+        return str(self._tokenizer.chat_template)
 
     def segments(self, messages: Sequence[Message], last_only: bool = False) -> list[Segment]:
         """Write a conversation; see `Template.segments`.

@@ -89,6 +89,7 @@ class RolloutModule(ObjectiveModule):
         self.dynamic_sampling = dynamic_sampling
         self.reward, self.sampling, self.samples = reward, sampling, samples
         self.missing_stop_penalty = missing_stop_penalty
+        self.rollout_windows, self.passes = rollout_windows, passes
         self.cycle = Cycle(rollout_windows, passes)
         self._stop = -1
 
