@@ -18,9 +18,25 @@ class PolicyExport(Callback):
     A model card stands beside the weights, and whatever an objective adds to them.
     """
 
-    @rank_zero_only
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is something to write."""
+        self._due = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, while the weights still are where they were trained."""
+        self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it where there was nothing left to train: a run that was stopped behind its last round goes on here."""
+        if self._due:
+            self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._due = False
         if not isinstance(pl_module, AlignmentModule) or is_dry_run(trainer):
             return
         folder, callbacks = self.folder(trainer, pl_module), trainer.callbacks  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.files import append_text, replace_text
 from hbat_lightning.report import draw_switches, read_switches, switch_table
 from hbat_lightning.schedules import Phase
 from hbat_lightning.switches import PhaseCallback
@@ -50,7 +51,7 @@ class SwitchReport(PhaseCallback):
             self.path(trainer).unlink(missing_ok=True)
             return
         rows = [row for row in read_switches(self.path(trainer)) if row["step"] <= trainer.global_step]
-        self.path(trainer).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(self.path(trainer), "".join(json.dumps(row) + "\n" for row in rows))
         if rows:
             self._before = rows[-1]["after"]
 
@@ -118,8 +119,7 @@ class SwitchReport(PhaseCallback):
         }
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(path, json.dumps(row) + "\n")
         changes = {f"switch/{name.removeprefix('val/')}": value for name, value in row["change"].items()}
         for logger in trainer.loggers:
             logger.log_metrics(changes, step=trainer.global_step - 1)

@@ -290,9 +290,8 @@ class AlignmentModule(LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def _log_window(self, batch: MicroBatch) -> None:
-        self.retire_logged(
-            *(f"train/{objective}/" for objective in self.objectives if objective not in self._window.objectives)
-        )
+        idle = set(self.objectives) - set(self._window.objectives)
+        self.retire_logged(*(f"train/{objective}/" for objective in idle))
         means, loss = self._window.means(self.ranks, self.device)
         values = {f"train/{of}/{name}": value for of, figures in means.items() for name, value in figures.items()}
         for objective, figures in means.items():

@@ -17,6 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
 
 import hbat_lightning.importance
 import hbat_lightning.lr
@@ -36,9 +38,11 @@ from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import Change
 from hbat_lightning.errors import SharedError, UserError
+from hbat_lightning.files import out_of_room
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.privacy import keyless_streams, without_keys, without_secret_settings
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.stop_signals import INTERRUPTED, TERMINATED
 from hbat_lightning.strategies import require_strategy
 from hbat_lightning.trainer_checks import is_dry_run
 
@@ -153,6 +157,17 @@ class HbatCLI(LightningCLI):
         require_strategy(trainer)
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Say what to do where the disk is full; whatever was there before, the last checkpoint above all, still is."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (OSError, SafetensorError) as error:
+            if not out_of_room(error):
+                raise
+            raise UserError(
+                f"{self.run_folder}: cannot be written ({error}); {_after_full_disk(subcommand)}"
+            ) from error
+
     @rank_zero_only
     def after_fit(self) -> None:
         """Mark the run as finished or stopped, and say where things are."""
@@ -201,6 +216,11 @@ def add_accept_changes(parser: LightningArgumentParser) -> None:
     add: Any = parser.add_argument
     about = "Kinds of changes with which training may go on from a checkpoint of another run."
     add("--accept_changes", type=list[Change], default=[], help=about)
+
+
+def _after_full_disk(subcommand: str) -> str:
+    again = "go on with --ckpt_path last" if subcommand == "fit" else "run the command again"
+    return f"make room and {again}"
 
 
 def _standard_callbacks(own: list[Callback], trainer: dict[str, Any]) -> list[Callback]:
@@ -284,7 +304,10 @@ def _information_on_stdout() -> Iterator[None]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``hbat`` and ``python -m hbat_lightning``. A user's mistake ends in one line and exit code 2."""
+    """Entry point of ``hbat`` and ``python -m hbat_lightning``.
+
+    A user's mistake, and a full disk, end in one line and exit code 2; SIGTERM in 143, Ctrl-C in 130.
+    """
     args = sys.argv[1:] if args is None else args
     quiet.install()
     try:
@@ -300,3 +323,11 @@ def main(args: list[str] | None = None) -> None:
             said = f"{f'process {rank}: ' if rank else ''}{' '.join(line.split())}"
             print("hbat: error: " + without_keys(said), file=sys.stderr)
         raise SystemExit(2) from None
+    except SIGTERMException:
+        raise SystemExit(TERMINATED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+            raise SystemExit(INTERRUPTED) from None
+        raise

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hbat_lightning.files import whole_lines
 from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 
 Row = dict[str, Any]
@@ -22,8 +23,8 @@ _COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e", BOTH: "#6b7280"}
 
 
 def read_switches(path: Path) -> list[Row]:
-    """Rows of a ``switches.jsonl``; none where the file does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    """Rows of a ``switches.jsonl``, up to a last one that was torn as it was written; none where there is no file."""
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def switch_table(rows: Sequence[Row]) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
+from hbat_lightning.checkpoint_io import damage
 from hbat_lightning.errors import UserError
+from hbat_lightning.files import replace_text
 
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
@@ -19,19 +24,50 @@ OUTPUTS = (
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or ``None``.
+def newest_first(folder: Path, pattern: str = "step=*.ckpt") -> list[Path]:
+    """Checkpoint files in a folder, the newest first; links to them are left out."""
+    found = [path for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, len(path.name), path.name), reverse=True)
 
-    A file whose archive has no directory at its end was torn while it was written, and is passed over.
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest good checkpoint of a run; newer ones that are damaged are named on stderr.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The file; ``None`` where there is none at all.
+
+    Raises:
+        UserError: There are some, and every one is damaged.
     """
-    # Ours first: another checkpoint callback may keep the best by some figure, which is no place to go on from.
-    for pattern in ("step=*.ckpt", "*.ckpt"):
-        found = [path for path in (folder / CHECKPOINTS).glob(pattern) if not path.is_symlink()]
-        newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        whole = next((path for path in newest_first if zipfile.is_zipfile(path)), None)
-        if whole is not None:
-            return whole
+    damaged: list[str] = []
+    for path in _candidates(folder / CHECKPOINTS):
+        said = damage(path)
+        if said is None:
+            for line in damaged:
+                _warn(f"{line}; going back to {path}")
+            return path
+        damaged.append(f"{path}: {said}")
+    if damaged:
+        raise UserError(
+            f"no good checkpoint in {folder / CHECKPOINTS}: {'; '.join(damaged)}. Bring one back from a copy, or start over "
+            "with --overwrite true and without --ckpt_path"
+        )
     return None
+
+
+def _candidates(checkpoints: Path) -> Iterator[Path]:
+    # Ours first: another checkpoint callback may keep the best by some figure, which is no place to go on from.
+    ours = newest_first(checkpoints)
+    yield from ours
+    yield from (path for path in newest_first(checkpoints, "*.ckpt") if path not in ours)
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    print(f"hbat: warning: {line}", file=sys.stderr)
 
 
 def require_free(folder: Path) -> None:
@@ -40,13 +76,19 @@ def require_free(folder: Path) -> None:
     Raises:
         UserError: When it does; says how to go on.
     """
-    mark = folder / MARK
-    finished = mark.exists() and json.loads(mark.read_text()).get("status") == "finished"
-    if finished or latest_checkpoint(folder) is not None:
+    finished = _is_finished(folder / MARK)
+    if finished or next(_candidates(folder / CHECKPOINTS), None) is not None:
         raise UserError(
             f"{folder} holds {'a finished run' if finished else 'an unfinished run'}: go on with --ckpt_path last, give "
             "another --trainer.default_root_dir, or replace it with --overwrite true"
         )
+
+
+def _is_finished(mark: Path) -> bool:
+    try:
+        return bool(json.loads(mark.read_text()).get("status") == "finished")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def clear(folder: Path) -> None:
@@ -58,30 +100,33 @@ def clear(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The file that ``--ckpt_path`` names.
+    """The file that ``--ckpt_path`` names, checked by its checksum.
 
     Args:
         folder: The run folder.
-        wanted: A file, or ``last`` for the folder's newest whole checkpoint.
+        wanted: A file, or ``last`` for the folder's newest good checkpoint.
 
     Returns:
         The file; ``None`` where ``last`` finds none.
 
     Raises:
-        UserError: There is no such file, or it is no whole checkpoint.
+        UserError: There is no such file, it is damaged, or ``last`` finds damaged ones only.
     """
     if wanted == "last":
         return latest_checkpoint(folder)
     path = Path(wanted)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; --ckpt_path takes a file, or last")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a whole checkpoint; give another file to --ckpt_path, or last")
+    said = damage(path)
+    if said is not None:
+        places = dict.fromkeys((path.parent, folder / CHECKPOINTS))
+        good = next((one for place in places for one in _candidates(place) if damage(one) is None), None)
+        none = f"there is no good one in {' or '.join(str(place) for place in places)}"
+        raise UserError(f"{path}: {said}; {none if good is None else f'the newest good one is {good}'}")
     return path
 
 
 def leave_mark(folder: Path, finished: bool, facts: dict[str, Any]) -> None:
     """Leave the mark of a run that has finished, or was stopped by a limit."""
-    folder.mkdir(parents=True, exist_ok=True)
     status = "finished" if finished else "stopped"
-    (folder / MARK).write_text(json.dumps({"status": status, **facts}, indent=2) + "\n")
+    replace_text(folder / MARK, json.dumps({"status": status, **facts}, indent=2) + "\n")

@@ -176,7 +176,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_other_data_or_windows_are_refused_where_a_position_would_mean_other_rows(
     saved: Path, make_hybrid: Any, make_data: Any, fit: Any
 ) -> None:
-    with pytest.raises(UserError, match=r"of another run, batch_size: was 2, is 1"):
+    with pytest.raises(UserError, match=r"of another run, batch_size × devices: was 2, is 1"):
         fit(make_hybrid(schedule=SMALL), data=make_data(batch_size=1), ckpt_path=saved)
     with pytest.raises(UserError, match=r"of another run, accumulate_grad_batches: was 3, is 2"):
         fit(make_hybrid(schedule=SMALL), accumulate_grad_batches=2, ckpt_path=saved)

@@ -135,7 +135,7 @@ def test_one_line_names_every_difference(saved: Path, go: Any, rows: Any) -> Non
     for part in (
         *("instruction template: was alpaca (", "preference template: was alpaca (", ", is plain ("),
         *("instruction data: was ", "-False.json, 24 rows (", "-True.json, 24 rows ("),
-        *("seed: was 1234, is 5", "batch_size: was 2, is 3", "preference: was DPOModule, is IPOModule"),
+        *("seed: was 1234, is 5", "batch_size × devices: was 2, is 3", "preference: was DPOModule, is IPOModule"),
         *("schedule: was Rounds: 2, each on shards of its own: 1 ×", "2 × the instruction shard"),
         "add --accept_changes [objectives,schedule,seed,batch_size,template,data]",
     ):

@@ -57,7 +57,7 @@ class PolicyGradientModule(RolloutModule):
             raise ValueError(f"clip must be above 0, kl_coefficient not below: got {clip}, {kl_coefficient}")
         super().__init__(reward, **settings)
         self.reference, self.kl_coefficient, self.kl_estimator = reference, kl_coefficient, kl_estimator
-        self.clip, self.reward_clip = clip, reward_clip
+        self.clip, self.reward_clip, self.whiten_rewards = clip, reward_clip, whiten_rewards
         self._moments = RunningMoments() if whiten_rewards else None
 
     @property

@@ -55,7 +55,11 @@ def test_steps_at_which_it_saves(
     for step, _, path in keep.copies:
         assert position(path) == 3 * (step % 5 or 5)  # never inside a window of three micro-batches
     files = sorted(path.name for path in tmp_path.glob("*.ckpt") if not path.name.startswith("copy"))
-    assert files == ["last.ckpt", "step=10.ckpt"]  # one file, and the link to it
+    assert files == [
+        "last.ckpt",
+        "step=10.ckpt",
+        f"step={steps[-2]}.ckpt",
+    ]  # the link to the newest, and the one before
     assert (tmp_path / "last.ckpt").is_symlink()
     assert (tmp_path / "last.ckpt").resolve() == tmp_path / "step=10.ckpt"
 
