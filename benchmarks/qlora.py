@@ -7,6 +7,10 @@ NF4 with double quantisation, LoRA of rank 16 on all linear layers, SFT and DPO 
 own start of the phase as reference, gradient checkpointing; one row or one pair per step, each cut to exactly the length
 asked for. A base that is not there is written with random weights (random_llama.py): memory and time do not depend on
 values. With weights of one's own, ``--base`` names their folder. Results go to ``--table``, one row per length.
+
+What is allocated is, on a GPU, the highest figure of torch's allocator in training steps, and on a CPU what malloc says of
+the whole run, less what it said before weights were loaded (heap.py); the plan stands beside it. The process has more: on a
+CPU its anonymous memory is told, with interpreter, libraries and what malloc keeps of freed memory.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,17 +38,17 @@ OBJECTIVES = ("instruction", "preference")
 ROUNDS, ROWS_PER_SHARD = 2, 2
 WORDS = ("river", "stone", "light", "carries", "small", "green", "under", "where", "house", "open", "never", "sound")
 COLUMNS = (
-    "base", "hardware", "length", "4-bit layers", "load (s)", "peak (GiB)", "peak after loading (GiB)", "planned (GiB)",
+    "base", "hardware", "length", "4-bit layers", "load (s)", "process (GiB)", "allocated (GiB)", "planned (GiB)",
     "SFT step (s)", "DPO step (s)", "whole run (s)", "checkpoint (MiB)", "adapter (MiB)", "date",
 )  # fmt: skip
 
 
 @dataclass
 class Watch:
-    """What a process took, seen from outside: allocated (anonymous) memory, without pages of files that are mapped."""
+    """What a process took and said. Of bytes: the most allocated since loading, and the most anonymous memory; on a CPU."""
 
-    peak: int = 0
-    peak_after_loading: int = 0
+    allocated: int = 0
+    process: int = 0
     loaded_after: float = 0.0
     seconds: float = 0.0
     said: list[str] = field(default_factory=list)
@@ -101,14 +104,15 @@ def arguments(base: Path, run: Path, files: dict[str, Path], length: int, accele
     return configs + [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
-def fit(command: list[str]) -> Watch:
+def fit(command: list[str], run: Path, accelerator: str) -> Watch:
     """Run ``hbat fit`` in a process of its own, and watch it."""
     watch, began = Watch(), time.perf_counter()
     monitor = ["--trainer.callbacks+=ResourceMonitor", "--overwrite", "true"]
+    report = run.with_suffix(".heap.json")
+    own = ["-m", "hbat_lightning"] if accelerator == "gpu" else [str(ROOT / "benchmarks" / "heap.py"), str(report)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hbat_lightning", "fit", *command, *monitor], stdout=subprocess.PIPE, text=True
+        [sys.executable, *own, "fit", *command, *monitor], stdout=subprocess.PIPE, text=True, bufsize=1
     )
-    threading.Thread(target=_poll, args=(process, watch), daemon=True).start()
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -118,20 +122,11 @@ def fit(command: list[str]) -> Watch:
     if process.wait():
         raise SystemExit(f"hbat fit ended with exit code {process.returncode}")
     watch.seconds = time.perf_counter() - began
+    if accelerator == "cpu":
+        heap = json.loads(report.read_text())
+        watch.allocated = heap["most"]["allocated"]["allocated"] - heap["before"]
+        watch.process = heap["most"]["anonymous"]["anonymous"]
     return watch
-
-
-def _poll(process: subprocess.Popen[str], watch: Watch) -> None:
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        try:
-            now = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-        except (OSError, StopIteration):  # it has ended in between
-            return
-        watch.peak = max(watch.peak, 1024 * now)
-        if watch.loaded_after:
-            watch.peak_after_loading = max(watch.peak_after_loading, 1024 * now)
-        time.sleep(0.02)
 
 
 def logged(run: Path, column: str, objective: str) -> Iterator[float]:
@@ -147,10 +142,13 @@ def logged(run: Path, column: str, objective: str) -> Iterator[float]:
 
 
 def planned(command: list[str], run: Path, accelerator: str) -> float:
-    """Peak that ``hbat plan`` foresees, in GiB: on a GPU of its tensors, on a CPU of the whole process."""
+    """Peak of allocated bytes that ``hbat plan`` foresees, in GiB: of the run, or on a GPU, as is measured there, of steps."""
     report = run.with_suffix(".plan.json")
     subprocess.run([sys.executable, "-m", "hbat_lightning", "plan", *command, "--report", str(report)], check=True)
-    peak: float = json.loads(report.read_text())["peak" if accelerator == "gpu" else "total"]
+    found = json.loads(report.read_text())
+    moments = next(iter(found["plans"].values()))["moments"]
+    steps = [moment["peak"] for name, moment in moments.items() if name.endswith((": micro-batch", ": optimizer step"))]
+    peak: float = max(steps) if accelerator == "gpu" else found["peak"]
     return peak / 2**30
 
 
@@ -176,18 +174,18 @@ def measure(args: argparse.Namespace, length: int) -> dict[str, str]:
     run = args.output / f"{args.size}-{length}"
     command = arguments(args.base, run, write_data(args.output / f"data-{length}", length), length, args.accelerator)
     foreseen = planned(command, run, args.accelerator)
-    watch = fit(command)
+    watch = fit(command, run, args.accelerator)
     switches = [json.loads(line) for line in (run / "switches.jsonl").read_text().splitlines()]
     assert [row["objective"] for row in switches] == list(OBJECTIVES) * ROUNDS, switches
     steps = {name: list(logged(run, "resources/step_seconds", name)) for name in OBJECTIVES}
-    peak, after = watch.peak / 2**30, watch.peak_after_loading / 2**30
+    allocated, process = watch.allocated / 2**30, f"{watch.process / 2**30:.2f}"
     if args.accelerator == "gpu":
-        peak = after = max(value for name in OBJECTIVES for value in logged(run, "resources/peak_gib", name))
+        allocated, process = max(v for name in OBJECTIVES for v in logged(run, "resources/peak_gib", name)), "–"
     adapter = (run / "adapter" / "adapter_model.safetensors").stat().st_size
     layers = next(line.split()[1] for line in watch.said if line.endswith("linear layers are nf4"))
     values = (
-        args.base.name, hardware(args.accelerator), length, layers, f"{watch.loaded_after:.0f}", f"{peak:.2f}",
-        f"{after:.2f}", f"{foreseen:.2f}", f"{statistics.median(steps['instruction']):.1f}",
+        args.base.name, hardware(args.accelerator), length, layers, f"{watch.loaded_after:.0f}", process,
+        f"{allocated:.3f}", f"{foreseen:.3f}", f"{statistics.median(steps['instruction']):.1f}",
         f"{statistics.median(steps['preference']):.1f}", f"{watch.seconds:.0f}",
         f"{require_adapters_only(run) / 2**20:.0f}", f"{adapter / 2**20:.0f}", date.today(),
     )  # fmt: skip

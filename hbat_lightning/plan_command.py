@@ -80,6 +80,7 @@ def run_plan(args: list[str]) -> None:
 
     Raises:
         UserError: The settings do not make a run, or the base's configuration cannot be read.
+        SystemExit: With code 1, when everything is said: the run does not fit the budget.
     """
     cli = parse(args)
     settings, config = cli.run_settings, cli.config
@@ -101,6 +102,8 @@ def run_plan(args: list[str]) -> None:
     path = Path(config.report) if config.report else cli.run_folder / "plan.json"
     _write(as_json(plans, found, budget), path)
     print(f"\nreport: {path}")
+    if short:
+        raise SystemExit(1)
 
 
 def parse(args: list[str]) -> PlanCLI:
@@ -142,6 +145,8 @@ def _title(settings: RunSettings) -> str:
     policy, data = settings.module.policy, settings.data
     kind = "full fine-tune" if policy.lora is None else f"LoRA r {policy.lora.r}"
     quantization = "" if policy.spec.quantization == "none" else f", {policy.spec.quantization}"
+    if getattr(settings.config, "quantization_config", None) is not None:
+        quantization = ", quantised in its own files"
     device = "a GPU" if settings.gpu else "a CPU"
     return (
         f"plan       {policy.spec.name}, {kind}{quantization}, {settings.precision}, on {device}\n"

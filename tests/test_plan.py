@@ -12,20 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from hbat_lightning.cli import main, make_cli
 from hbat_lightning.errors import UserError
 from hbat_lightning.memory.advice import advise, possible_changes
-from hbat_lightning.memory.allocation import Category
+from hbat_lightning.memory.allocation import Category, Moment, Peak
 from hbat_lightning.memory.plan import MemoryPlan, make_plan
 from hbat_lightning.memory.rehearsal import RunSettings
 from hbat_lightning.plan_command import parse, parse_size
+from hbat_lightning.rewards import Reward
 from tests.conftest import ROOT
 
 CONFIG = ["--config", str(ROOT / "configs/hbat_dpo.yaml")]
 SMALL = ["--data.max_length", "96", "--data.batch_size", "2", "--data.val_batch_size", "2"]
 FULL = ["--config", str(ROOT / "configs/policy/full.yaml")]
+PPO = ["--config", str(ROOT / "configs/hbat_ppo.yaml"), "--model.preference.rollout_windows", "1"]
 TRAINED = 69_632 * 4  # bytes of the adapter on the embedded model
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
 
@@ -77,20 +85,30 @@ def profiled_fit(arguments: list[str]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("more", [[], FULL], ids=["LoRA", "full"])
+def long_rows(name: str, ppo: bool) -> list[dict[str, str]]:
+    """Rows that are cut at 96 tokens: their ends, or with PPO the beginnings of their prompts."""
+    if ppo and name == "preference":
+        return [{"prompt": " ".join(["hello"] * (60, 110)[n % 2]), "completion": "hello"} for n in range(11)]
+    fields = ["completion"] if name == "instruction" else ["chosen", "rejected"]
+    words = [" ".join(["hello"] * length) for length in ((86, 70) if ppo else (110, 80))]
+    prompt = "Post" + " hello" * (20 if ppo else 1)
+    return [{"prompt": f"{prompt} {n}", **{f: words[(n + k) % 2] for k, f in enumerate(fields)}} for n in range(11)]
+
+
+@pytest.mark.parametrize("more", [[], FULL, PPO], ids=["LoRA", "full", "PPO"])
 def test_a_small_run_needs_what_was_planned(more: list[str], tmp_path: Path) -> None:
-    arguments = [*CONFIG, *SMALL, *more]
-    for name, fields in (("instruction", ["completion"]), ("preference", ["chosen", "rejected"])):
+    arguments = [*(more if more is PPO else [*CONFIG, *more]), *SMALL]
+    for name in ("instruction", "preference"):
         path = tmp_path / f"{name}.jsonl"
-        words = [" ".join(["hello"] * length) for length in (110, 80)]
-        rows = [{"prompt": f"Post {n}", **{f: words[(n + k) % 2] for k, f in enumerate(fields)}} for n in range(11)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in long_rows(name, more is PPO)))
         arguments += [f"--data.{name}.path", str(path), f"--data.{name}.val_fraction", "0.25"]
-    arguments += ["--data.template", "plain", "--data.truncation", "completion_right", "--model.schedule.rounds", "1"]
+    cut = "prompt_left" if more is PPO else "completion_right"
+    arguments += ["--data.template", "plain", "--data.truncation", cut, "--model.schedule.rounds", "1"]
     arguments += ["--model.schedule.instruction_epochs", "1", "--trainer.accumulate_grad_batches", "2"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     arguments += ["--trainer.default_root_dir", str(tmp_path / "run")]
-    planned = plan(tmp_path, *arguments[len(CONFIG) + len(SMALL) :])
+    main(["plan", *arguments, "--report", str(tmp_path / "plan.json")])
+    planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["peak"] == pytest.approx(profiled_fit(arguments), rel=0.1)
 
 
@@ -174,6 +192,93 @@ def test_an_objective_alone_is_planned_too(tmp_path: Path) -> None:
     assert "preference: micro-batch" not in moments(json.loads(report.read_text()))
 
 
+# ---- objectives on rollouts ----------------------------------------------------------------------------------------
+
+
+def rollout_plan(*arguments: str) -> dict[str, Moment]:
+    """Moments of PPO with prompts of 72 tokens and completions of 24, on a Llama of which everything is known."""
+    made = make_plan(
+        parse([*PPO, *SMALL, "--trainer.accelerator", "cpu", *arguments]).run_settings, True, lambda _: None
+    )
+    return {moment.name: moment for moment in made.moments}
+
+
+def test_the_cache_has_keys_and_values_of_every_token_but_the_last(tmp_path: Path) -> None:
+    llama = LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=3)
+    model = [*model_folder(tmp_path, llama), "--data.val_batch_size", "64"]
+    prompt, last, _ = rollout_plan(*model)["preference: validation"].stretches
+    token = 64 * 2 * 16 * 4  # keys or values of a layer: rows, heads, width, bytes
+    assert prompt.parts[Category.CACHE] == 2 * 3 * 72 * token
+    # The last token is not looked back on; when the last values are appended, those before them are still there.
+    assert last.parts[Category.CACHE] == (2 * 3 * (72 + 24 - 1) + 72 + 24 - 2) * token
+
+
+def test_a_sliding_window_bounds_the_cache(tmp_path: Path) -> None:
+    gemma = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, num_hidden_layers=2, sliding_window=32)
+    model = [*model_folder(tmp_path, gemma), "--data.val_batch_size", "64"]
+    _, last, _ = rollout_plan(*model)["preference: validation"].stretches
+    assert last.parts[Category.CACHE] == (2 * 32 + 2 * 95 + 94) * 64 * 2 * 16 * 4  # the first layer slides
+
+
+def test_value_and_reward_are_adapters_and_only_the_value_trains() -> None:
+    reward = ["--model.preference.reward", "AdapterReward", "--model.preference.reward.path", "/nowhere"]
+    value, heads = ["--model.preference.value.r", "8"], 65 * 4  # a map from the 64 hidden values, and a bias
+    of = rollout_plan(*value, *reward, "--model.preference.reward.lora.r", "4")["preference: micro-batch"].peak.parts
+    assert of[Category.ADAPTERS] == TRAINED + TRAINED // 2 + TRAINED // 4 + 2 * heads
+    assert of[Category.GRADIENTS] == TRAINED + TRAINED // 2 + heads
+    assert of[Category.OPTIMIZER] == 2 * of[Category.GRADIENTS] + (28 + 28 + 2) * 4
+    supervised = rollout_plan(*value)["instruction: micro-batch"].peak.parts
+    assert supervised[Category.GRADIENTS] == TRAINED  # the value function stands still there
+
+
+def test_a_classifier_is_a_model_of_its_own(tmp_path: Path) -> None:
+    config = LlamaConfig(**SIZES, num_hidden_layers=2, num_labels=1, pad_token_id=0, dtype="bfloat16")
+    config.save_pretrained(tmp_path / "classifier")
+    reward = ["--model.preference.reward", "ClassifierReward"]
+    reward += ["--model.preference.reward.model_name_or_path", str(tmp_path / "classifier")]
+    made = rollout_plan(*reward)
+    real = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in [*real.parameters(), *real.buffers()])
+    assert made["preference: rollouts"].peak.parts[Category.REWARD] == held
+    run = parse([*PPO, *SMALL, *reward]).run_settings
+    change = next(one for one in possible_changes(run) if "AdapterReward" in one.options)
+    assert rollout_plan(*reward, *change.options)["loading"].peak == made["loading"].peak  # it parses
+
+
+def test_a_single_objective_names_its_own_options(tmp_path: Path) -> None:
+    for config in ("dpo.yaml", "sft.yaml"):
+        run = parse(["--config", str(ROOT / "configs" / config), "--trainer.callbacks", "[]"]).run_settings
+        options = [change.options for change in possible_changes(run)]
+        assert (("--model.reference", "base") in options) == (config == "dpo.yaml")
+
+
+class OwnReward(Reward):
+    """Of somebody else."""
+
+    def score(self, policy: Any, rollouts: Any, device: Any) -> torch.Tensor:
+        """Nothing."""
+        return torch.zeros(len(rollouts))
+
+
+def test_what_of_rollouts_cannot_be_planned() -> None:
+    with pytest.raises(UserError, match="OwnReward is a reward of your own"):
+        rollout_plan("--model.preference.reward", f"{OwnReward.__module__}.OwnReward")
+    with pytest.raises(UserError, match="no room for a prompt"):
+        rollout_plan("--model.preference.sampling.max_new_tokens", "96")
+
+
+# ---- bases that are quantised already, and devices -------------------------------------------------------------------
+
+
+def test_gpus_compute_some_operations_in_fp32(tmp_path: Path) -> None:
+    """GPT-2's activation function has a power: CUDA autocast keeps it in fp32, and CPU autocast does not."""
+    model = model_folder(tmp_path, GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, dtype="bfloat16"))
+    mixed = [*model, "--trainer.precision", "bf16-mixed"]
+    on_cpu, on_gpu = (parts(*mixed, "--trainer.accelerator", device) for device in ("cpu", "gpu"))
+    powers = 2 * 2 * 2 * 96 * 4 * 64  # two layers, four texts, of which the power of one tensor is taken
+    assert on_gpu[Category.ACTIVATIONS] - on_cpu[Category.ACTIVATIONS] > 2 * powers
+
+
 # ---- answers and advice -------------------------------------------------------------------------------------------
 
 
@@ -183,7 +288,9 @@ def test_a_budget_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["plan", *sft, "--report", str(report), "--budget", "24GB"])
     assert json.loads(report.read_text())["fits"]
     assert "fits into 24.00 GB" in capsys.readouterr().out
-    main(["plan", *sft, "--report", str(report), "--budget", "400MB"])
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *sft, "--report", str(report), "--budget", "400MB"])
+    assert ended.value.code == 1
     found = json.loads(report.read_text())
     assert not found["fits"]
     assert found["advice"]
@@ -199,10 +306,24 @@ def test_advice_is_in_order_of_gain_and_its_options_do_what_they_promise(tmp_pat
     found = advise(settings(*model), before, peak, wanted=1)
     alone, together = found[:-1], found[-1]
     assert [one.gain for one in alone] == sorted((one.gain for one in alone), reverse=True)
-    assert all(one.gain > 0 for one in alone)
+    assert all(one.gain > before.peak / 1000 for one in alone)
     assert {"--data.max_length", "--model.policy.gradient_checkpointing"} <= {one.change.options[0] for one in alone}
     assert peak(alone[0].change.options).peak == alone[0].peak == before.peak - alone[0].gain
     assert together.gain > alone[0].gain
+
+
+def test_advice_that_gains_next_to_nothing_is_none() -> None:
+    run = settings(*FULL, "--model.optimizer_state", "per_objective")
+    before = make_plan(run, every_layer=False, tick=lambda name: None)
+
+    def gaining(share: float) -> int:
+        def less(options: Sequence[str]) -> MemoryPlan:
+            return replace(before, moments=[Moment("all", [Peak(round(before.peak * (1 - share)), {})], 0)])
+
+        return len(advise(run, before, less, wanted=None))
+
+    assert gaining(0.0005) == 0
+    assert gaining(0.002) == len(list(possible_changes(run)))
 
 
 def test_a_full_fine_tune_is_advised_an_adapter() -> None:

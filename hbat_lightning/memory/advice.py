@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
-from hbat_lightning.memory.architecture import storage_dtype
+from hbat_lightning.memory.architecture import quantization_of, storage_dtype
 from hbat_lightning.memory.plan import MemoryPlan
 from hbat_lightning.memory.rehearsal import RunSettings
+from hbat_lightning.objectives.rollout import RolloutModule
+from hbat_lightning.rewards import ClassifierReward
+
+WORTH = 1e-3  # of the peak: what gains less is no advice
 
 Planner = Callable[[Sequence[str]], MemoryPlan]
 """Plans the run with further options."""
@@ -57,11 +61,11 @@ def advise(settings: RunSettings, before: MemoryPlan, plan: Planner, wanted: int
         wanted: Bytes that there are; where no change alone comes below, all that help are planned together as well.
 
     Returns:
-        Those that gain anything, most first; the sum of all stands last.
+        Those that gain something worth it, most first; the sum of all stands last.
     """
     changes = list(possible_changes(settings))
     found = [_advice(change, before, plan(change.options)) for change in changes]
-    useful = sorted((one for one in found if one.gain > 0), key=lambda one: one.gain, reverse=True)
+    useful = sorted((one for one in found if one.gain > WORTH * before.peak), key=lambda one: one.gain, reverse=True)
     if wanted is not None and len(useful) > 1 and all(one.total > wanted for one in useful):
         together = Change("all of these", tuple(option for one in useful for option in one.change.options))
         useful.append(_advice(together, before, plan(together.options)))
@@ -81,18 +85,30 @@ def possible_changes(settings: RunSettings) -> Iterator[Change]:
 
 def _weights(settings: RunSettings) -> Iterator[Change]:
     policy = settings.module.policy
+    quantization = quantization_of(policy.spec, settings.config)
     if policy.lora is None:
         yield Change("LoRA of rank 16 in the place of a full fine-tune", ("--model.policy.lora.r", "16"))
-    elif policy.spec.quantization == "none":
+    elif quantization is None:
         yield Change("a base in 4 bits (NF4)", ("--model.policy.quantization", "nf4"))
         if storage_dtype(policy.spec, settings.config) == torch.float32:
             yield Change("a base in bfloat16", ("--model.policy.dtype", "bfloat16"))
     elif policy.spec.quantization == "int8":
         yield Change("a base in 4 bits (NF4)", ("--model.policy.quantization", "nf4"))
-    anchored = bool(settings.penalties)
-    others = [one for one in settings.module.objectives.values() if set(one.references) - {"base"}]
-    if policy.lora is not None and others and not anchored:
-        yield Change("the bare base as reference", ("--model.preference.reference", "base"))
+    for name, objective in settings.module.objectives.items():
+        own = set(objective.references) - {"base"}
+        if policy.lora is not None and own and not settings.penalties:
+            yield Change("the bare base as reference", (f"{_key(settings, name)}.reference", "base"))
+        classifies = isinstance(objective, RolloutModule) and isinstance(objective.reward, ClassifierReward)
+        if policy.lora is not None and classifies:
+            key = f"{_key(settings, name)}.reward"
+            what = "a reward model of RewardModule, an adapter on the policy's base"
+            yield Change(what, (key, "AdapterReward", f"{key}.path", "ITS_ADAPTER_FOLDER"))
+
+
+def _key(settings: RunSettings, name: str) -> str:
+    """Where an objective's settings are: its own part of a hybrid, or the whole model."""
+    alone = settings.module.objectives[name] is settings.module
+    return "--model" if alone else f"--model.{name}"
 
 
 def _states(settings: RunSettings) -> Iterator[Change]:
@@ -120,5 +136,14 @@ def _passes(settings: RunSettings) -> Iterator[Change]:
         )
     if data.val_batch_size > 1:
         yield Change("validation of one row at a time", ("--data.val_batch_size", "1"))
+    rollouts = {name: one for name, one in settings.module.objectives.items() if isinstance(one, RolloutModule)}
+    for name, objective in rollouts.items():
+        if objective.samples > 2:
+            fewer = str(objective.samples // 2)
+            yield Change("half the samples of a prompt", (f"{_key(settings, name)}.samples", fewer))
     if data.max_length > 64:
-        yield Change("half the length, for rows that allow it", ("--data.max_length", str(data.max_length // 2)))
+        options = ["--data.max_length", str(data.max_length // 2)]
+        for name, objective in rollouts.items():
+            new = objective.sampling.max_new_tokens // 2
+            options += [f"{_key(settings, name)}.sampling.max_new_tokens", str(max(1, new))]
+        yield Change("half the length, for rows that allow it", tuple(options))

@@ -32,9 +32,11 @@ class Category(StrEnum):
     CONSTANTS = "quantisation constants"
     ADAPTERS = "adapters"
     REFERENCE = "reference and anchor"
+    REWARD = "reward model"
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer state"
     IMPORTANCE = "importance"
+    CACHE = "KV cache"
     LOGITS = "logits"
     CASTS = "weights in compute type"
     ACTIVATIONS = "activations"
@@ -104,7 +106,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Runs on top of a ``FakeTensorMode``. Operations on real tensors alone (labels, masks) run for real, so that what
     depends on their values is decided by values. Of fake values only this is taken for granted: they are positive and
-    finite, and copies are equal to what they were made of.
+    finite, copies are equal to what they were made of, and a mask among them lets everything through.
 
     Args:
         granularity: Bytes that an allocation is rounded up to.
@@ -193,7 +195,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(workspace(func, inputs, made))
         if func in (aten.clone.default, aten._to_copy.default):
             self._records[_key(made[0])].origin = self._origin(inputs[0])
-        if func in (aten.le.Scalar, aten.lt.Scalar):
+        if func in _UPPER_BOUNDS:
             self._records[_key(made[0])].holds = False
         return out
 
@@ -264,6 +266,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._origin(one) == self._origin(other)
 
 
+_UPPER_BOUNDS = (aten.le.Scalar, aten.lt.Scalar, aten.eq.Scalar)  # by 0, where anybody asks how they end
+
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: AllocationTracker._scalar,
     aten.equal.default: AllocationTracker._equal,
@@ -286,12 +290,13 @@ def _called_by_engine() -> bool:
 
 
 def _as_numbers(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Real masks as row numbers: how many there are is known, and fake tensors want to know."""
+    """Masks as row numbers: how many there are is known then, and fake tensors want to know."""
     numbers: list[Tensor | None] = []
     for index in indices:
-        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+        if index is not None and index.dtype == torch.bool:
             with unset_fake_temporarily():
-                numbers += index.nonzero(as_tuple=True)
+                mask = torch.ones(index.shape, dtype=torch.bool) if isinstance(index, FakeTensor) else index
+                numbers += mask.nonzero(as_tuple=True)
         else:
             numbers.append(index)
     return numbers

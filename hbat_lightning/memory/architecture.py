@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hbat_lightning.base_model import BaseSpec, keep_differentiable, quantization_config, require_quantised
 from hbat_lightning.errors import UserError
@@ -42,12 +43,31 @@ def build_base(
             model.tie_weights()  # is left out with the initialisation
     except (ValueError, ImportError) as error:
         raise UserError(f"{spec.name}: this model cannot be planned ({str(error).splitlines()[0]})") from error
-    if spec.quantization != "none":
-        _quantise(model, spec, dtype, fake, tracker)
+    quantization = quantization_of(spec, config)
+    if quantization is not None:
+        _quantise(model, spec, quantization, dtype, fake, tracker)
     for buffer in model.buffers():
         cast(Any, buffer).constant = None  # a value that was kept all the same, with which it could not be copied
     tracker.adopt([*model.parameters(), *model.buffers()], Category.BASE)
     return cast(PreTrainedModel, model)
+
+
+def quantization_of(spec: BaseSpec, config: PretrainedConfig) -> Any:
+    """How the base is quantised: as its own files are, else as the settings ask for; ``None`` where neither is.
+
+    Raises:
+        UserError: Its files are quantised in a way that is not known here.
+    """
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return None if spec.quantization == "none" else quantization_config(spec)
+    given = own if isinstance(own, dict) else own.to_dict()
+    if given.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            f"{spec.name}: a base quantised by {given.get('quant_method')} cannot be planned; take one in 16 bits, which nf4 "
+            "and int8 quantise as they load it"
+        )
+    return AutoQuantizationConfig.from_dict(given)
 
 
 def storage_dtype(spec: BaseSpec, config: PretrainedConfig) -> torch.dtype:
@@ -59,13 +79,18 @@ def storage_dtype(spec: BaseSpec, config: PretrainedConfig) -> torch.dtype:
 
 
 def _quantise(
-    model: PreTrainedModel, spec: BaseSpec, dtype: torch.dtype, fake: FakeTensorMode, tracker: AllocationTracker
+    model: PreTrainedModel,
+    spec: BaseSpec,
+    how: Any,
+    dtype: torch.dtype,
+    fake: FakeTensorMode,
+    tracker: AllocationTracker,
 ) -> None:
     """Let transformers replace the layers, and bitsandbytes quantise their weights one after the other."""
-    quantizer = AutoHfQuantizer.from_config(quantization_config(spec))
+    quantizer = AutoHfQuantizer.from_config(how)
     quantizer._process_model_before_weight_loading(model, device_map={"": "cpu"})
     quantizer._process_model_after_weight_loading(model)
-    make = _four_bits if spec.quantization == "nf4" else _eight_bits
+    make = _four_bits if how.load_in_4bit else _eight_bits
     bnb.functional.quantize_blockwise(torch.ones(256))  # its table is kept for the process, and must have values
     with fake, tracker, torch.no_grad():
         for layer in model.modules():
@@ -77,7 +102,8 @@ def _quantise(
                     layer.weight, constants = make(weight, layer.weight)
                     del weight
                 tracker.assign(constants, Category.CONSTANTS)
-    require_quantised(model, spec)
+    if spec.quantization != "none":
+        require_quantised(model, spec)
     keep_differentiable(model)
 
 

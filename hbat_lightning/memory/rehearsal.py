@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
@@ -22,12 +23,17 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
 from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.module import HybridDataModule
+from hbat_lightning.data.rollouts import collate_rollouts
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
+from hbat_lightning.memory.precision import lists_of
+from hbat_lightning.memory.rewards import planned
+from hbat_lightning.memory.sampling import generation_of
 from hbat_lightning.objective import Objective
+from hbat_lightning.objectives.rollout import RolloutModule
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 
 CUDA_BLOCK = 512  # bytes; the caching allocator rounds every tensor up to a multiple of it
@@ -80,17 +86,18 @@ def rehearse(settings: RunSettings, tick: Callable[[str], None]) -> list[Moment]
     tick("loading")
     with tracker.moment("loading", moments):
         base = build_base(settings.module.policy.spec, settings.config, fake, tracker)
-    with fake, tracker:
+    with fake, tracker, lists_of(settings.gpu):
         _Rehearsal(settings, tracker, moments, tick).run(base)
     return moments
 
 
 def _fresh(settings: RunSettings) -> RunSettings:
-    """With a policy and penalties of its own, so that the same settings can be rehearsed again."""
-    module = copy.copy(settings.module)
-    module._modules = dict(module._modules)
-    module.policy = copy.deepcopy(settings.module.policy)
+    """With a module and penalties of its own, so that the same settings can be rehearsed again."""
+    module = copy.deepcopy(settings.module)
     module.policy.gradient_checkpointing = settings.checkpointing
+    for objective in module.objectives.values():
+        if isinstance(objective, RolloutModule):
+            objective.reward = planned(objective.reward)
     return replace(settings, module=module, penalties=copy.deepcopy(settings.penalties))
 
 
@@ -103,7 +110,8 @@ class _Rehearsal:
         self._awaited = 0
         self.keeper = OptimizerStateKeeper(self.module.optimizer_state)
         self.batches = _batches(settings, settings.data.batch_size)
-        self.held_out = _batches(settings, settings.data.val_batch_size)
+        self.rows = _batches(settings, 1)
+        self.held_out = _batches(settings, settings.data.val_batch_size) | _held_out_prompts(settings)
 
     def run(self, base: Any) -> None:
         """The moments in the order of a run."""
@@ -113,18 +121,23 @@ class _Rehearsal:
             for name, objective in objectives.items():
                 if _is_validated(self.settings.data, name):
                     self._first_figures(objective, name)
-        self.optimizer = self.module.optimizer(list(self.policy.trained_parameters().values()))
-        with self.tracker.category(Category.GRADIENTS):
-            for parameter in self.policy.trained_parameters().values():
-                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = self._make_optimizer()
+        for name, objective in objectives.items():
+            self._roll_out(objective, name)
+            self._give_gradients(name)
         if self.module.schedule.rounds > 1:  # have what a run has after its first round: states, importance
             for name in objectives:
+                self._give_gradients(name)
                 self._optimizer_step()
                 if self._after(name) != name:
                     self._switch(name, self._after(name))
         for name, objective in objectives.items():
+            self._give_gradients(name)
             if not self.optimizer.state:  # taken away at the switch; from a phase's second window on they are there
                 self._optimizer_step()
+            if isinstance(objective, RolloutModule):
+                with self._moment(f"{name}: rollouts"):
+                    self._roll_out(objective, name)
             with self._moment(f"{name}: micro-batch"):
                 self._micro_batch(objective, name)
             with self._moment(f"{name}: optimizer step"):
@@ -158,13 +171,36 @@ class _Rehearsal:
         references = {reference for objective in self.module.objectives.values() for reference in objective.references}
         with self.tracker.category(Category.REFERENCE):
             self.policy.add_snapshots(references | ({"phase_start"} if self.settings.penalties else set()))
-        for parameter in self.policy.trained_parameters().values():
+        for parameter in self._trained():
             cast(Any, parameter).register_post_accumulate_grad_hook(self._received)
+        cast(Any, self.policy).generate = generation_of(self.policy, self.tracker)
         self.tracker.weight_shapes = {tuple(p.shape) for p in self.policy.parameters() if p.dim() > 1}
         for layer in self.policy.modules():
             state = getattr(getattr(layer, "weight", None), "quant_state", None)
             if state is not None:
                 self.tracker.weight_shapes.add(tuple(state.shape))
+
+    def _trained(self, *names: str) -> list[Tensor]:
+        """What trains in the phases of some objectives, or in any: the policy's parameters and those of their own."""
+        objectives = self.module.objectives
+        own = [p for name in names or objectives for p in objectives[name].own_parameters(self.policy)]
+        return [*self.policy.trained_parameters().values(), *own]
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """With a group for the policy and one for what each objective has of its own, as in a run."""
+        own = [list(objective.own_parameters(self.policy)) for objective in self.module.objectives.values()]
+        groups = [list(self.policy.trained_parameters().values()), *(group for group in own if group)]
+        return self.module.optimizer([{"params": group} for group in groups])
+
+    def _give_gradients(self, name: str) -> None:
+        """What an earlier window has left: gradients of all that trains with this objective, and of nothing else."""
+        training = {id(parameter) for parameter in self._trained(name)}
+        with self.tracker.category(Category.GRADIENTS):
+            for parameter in self._trained():
+                if id(parameter) not in training:
+                    parameter.grad = None
+                elif parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _first_figures(self, objective: Objective, name: str) -> None:
@@ -174,6 +210,18 @@ class _Rehearsal:
 
     # ---- moments of a round ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _roll_out(self, objective: Objective, name: str) -> None:
+        """Answer a micro-batch of prompts, and see what policy, reference, value and reward say: what a cycle does for each."""
+        if not isinstance(objective, RolloutModule):
+            return
+        self.policy.eval()
+        prompts = [_prompt(self.settings.data, objective)] * self.settings.data.batch_size
+        with self._precision():
+            (groups,) = objective.roll_out(self.policy, [prompts], torch.device("cpu"))
+        self.batches[name] = collate_rollouts([rollout for group in groups for rollout in group], 0)
+        self.rows[name] = collate_rollouts(groups[0], 0)
+
     def _micro_batch(self, objective: Objective, name: str) -> None:
         """A forward and a backward pass. Lightning frees the window's gradients only between the two."""
         self.policy.set_training(objective.dropout)
@@ -182,7 +230,7 @@ class _Rehearsal:
         self.tracker.cut()
         if self.settings.accumulate == 1:
             self.optimizer.zero_grad()
-        self._awaited = len(self.policy.trained_parameters()) // 2
+        self._awaited = len(self._trained(name)) // 2
         cast(Any, loss).backward()
 
     def _received(self, parameter: Tensor) -> None:
@@ -199,7 +247,7 @@ class _Rehearsal:
                     penalty.pull(self.module)
                     self.tracker.assign(_tensors(penalty.importance.state_dict()), Category.IMPORTANCE)
             if self.settings.clips:
-                clip_grad_norm_(list(self.policy.trained_parameters().values()), 1.0)
+                clip_grad_norm_(self._trained(), 1.0)
             optimizer_step(self.optimizer, self.settings.gpu)
         self.tracker.assign(_tensors(list(self.optimizer.state.values())), Category.OPTIMIZER)
 
@@ -213,10 +261,9 @@ class _Rehearsal:
     def _row_gradients(self, name: str, samples: int) -> Iterator[dict[str, Tensor]]:
         """Of two rows at most: the memory of further ones is that of the second."""
         trained = self.policy.trained_parameters()
-        row = _batches(self.settings, 1)[name]
         for _ in range(min(2, samples)):
             with torch.enable_grad(), self.tracker.category(Category.ACTIVATIONS), self._precision():
-                loss = self.module.objectives[name].loss(self.policy, row)["loss"][0]
+                loss = self.module.objectives[name].loss(self.policy, self.rows[name])["loss"][0]
                 gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             yield {key: g for key, g in zip(trained, gradients, strict=True) if g is not None}
 
@@ -236,8 +283,8 @@ def _is_validated(data: HybridDataModule, name: str) -> bool:
     return source.held_out is not None or source.val_fraction > 0
 
 
-def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]]:
-    """A micro-batch of every objective, of the greatest length; where it has more than one row, it is padded."""
+def _batches(settings: RunSettings, size: int) -> dict[str, dict[str, Tensor]]:
+    """A micro-batch of every objective with rows of data, of the greatest length; padded where it has more than one row."""
     longest = settings.data.max_length
     full, short = _row(longest), _row(longest - 1)
     rows = [short if number % 2 else full for number in range(max(2, size))]
@@ -246,13 +293,36 @@ def _batches(settings: RunSettings, size: int) -> Mapping[str, dict[str, Tensor]
         PAIRS: [EncodedPair(full, short)] * size,
         FEEDBACK: [(row, True) for row in rows],
     }
-    kinds = {name: objective.rows for name, objective in settings.module.objectives.items()}
-    unknown = [name for name, kind in kinds.items() if kind not in made]
+    objectives = {n: one for n, one in settings.module.objectives.items() if not isinstance(one, RolloutModule)}
+    unknown = [name for name, objective in objectives.items() if objective.rows not in made]
     if unknown:
         raise UserError(
-            f"the {unknown[0]} objective makes its rows as it trains, which cannot be planned: use hbat fit"
+            f"the {unknown[0]} objective has rows of a kind of its own, which cannot be planned: use hbat fit"
         )
-    return {name: kind.collect(made[kind], "", 0).collate(range(size)) for name, kind in kinds.items()}
+    return {name: one.rows.collect(made[one.rows], "", 0).collate(range(size)) for name, one in objectives.items()}
+
+
+def _held_out_prompts(settings: RunSettings) -> dict[str, dict[str, Tensor]]:
+    """The longest prompts that there can be, as many as are completed at once."""
+    sizes = {
+        name: (settings.data.val_batch_size, len(_prompt(settings.data, objective)))
+        for name, objective in settings.module.objectives.items()
+        if isinstance(objective, RolloutModule)
+    }
+    with unset_fake_temporarily():
+        ids = {name: torch.ones(size, dtype=torch.long) for name, size in sizes.items()}
+        return {name: {"input_ids": one, "attention_mask": torch.ones_like(one)} for name, one in ids.items()}
+
+
+def _prompt(data: HybridDataModule, objective: RolloutModule) -> list[int]:
+    """Prompt and completion together have the greatest length."""
+    room = data.max_length - objective.sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"sampling.max_new_tokens is {objective.sampling.max_new_tokens} and data.max_length {data.max_length}: there is "
+            "no room for a prompt; give a greater data.max_length"
+        )
+    return [1] * room
 
 
 def _row(length: int) -> Encoded:

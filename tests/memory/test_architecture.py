@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from hbat_lightning.base_model import BaseSpec, load_config, load_model
+from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
@@ -57,6 +58,26 @@ def test_bytes_of_a_loaded_model(name: str, quantization: Any, tmp_path: Path) -
     # 4-bit tables of 16 values are one for the process here, and one per layer there.
     assert planned == pytest.approx(held(quantised_tensors(model)), abs=80 * 16)
     assert {n: p.dtype for n, p in base.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_bytes_of_a_base_that_is_quantised_in_its_files(quantization: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path / "16")
+    load_model(BaseSpec(str(tmp_path / "16"), "nf4"), torch.device("cpu")).save_pretrained(tmp_path / "4")
+    spec = BaseSpec(str(tmp_path / "4"), quantization)
+    model = load_model(spec, torch.device("cpu"))
+    tracker = AllocationTracker()
+    build_base(spec, load_config(spec), valueless(), tracker)
+    planned = tracker.live[Category.BASE] + tracker.live[Category.CONSTANTS]
+    assert planned == pytest.approx(held(quantised_tensors(model)), abs=80 * 16)
+
+
+def test_another_kind_of_quantised_base_is_refused(tmp_path: Path) -> None:
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    config = load_config(BaseSpec(str(tmp_path)))
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match="quantised by gptq cannot be planned"):
+        build_base(BaseSpec(str(tmp_path)), config, valueless(), AllocationTracker())
 
 
 def test_a_missing_dtype_is_fp32(tmp_path: Path) -> None:
