@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -107,7 +108,7 @@ def _weights(settings: RunSettings) -> Iterator[Change]:
 
 def _key(settings: RunSettings, name: str) -> str:
     """Where an objective's settings are: its own part of a hybrid, or the whole model."""
-    alone = settings.module.objectives[name] is settings.module
+    alone = cast(Any, settings.module.objectives[name]) is settings.module
     return "--model" if alone else f"--model.{name}"
 
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
-from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, RowKind
+from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, TEXTS, RowKind
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.rollouts import collate_rollouts
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
@@ -33,8 +33,10 @@ from hbat_lightning.memory.precision import lists_of
 from hbat_lightning.memory.rewards import planned
 from hbat_lightning.memory.sampling import generation_of
 from hbat_lightning.objective import Objective
+from hbat_lightning.objectives.ppo import PPOModule
 from hbat_lightning.objectives.rollout import RolloutModule
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
+from hbat_lightning.values import ModelValue
 
 CUDA_BLOCK = 512  # bytes; the caching allocator rounds every tensor up to a multiple of it
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -98,6 +100,11 @@ def _fresh(settings: RunSettings) -> RunSettings:
     for objective in module.objectives.values():
         if isinstance(objective, RolloutModule):
             objective.reward = planned(objective.reward)
+        if isinstance(objective, PPOModule) and isinstance(objective.value, ModelValue):
+            raise UserError(
+                f"a value function that is a model of its own ({objective.value.model.spec.name}) cannot be planned; plan the run "
+                "with --model.preference.value AdapterValue, and for the model add what its weights, gradients and moments take"
+            )
     return replace(settings, module=module, penalties=copy.deepcopy(settings.penalties))
 
 
@@ -290,6 +297,7 @@ def _batches(settings: RunSettings, size: int) -> dict[str, dict[str, Tensor]]:
     rows = [short if number % 2 else full for number in range(max(2, size))]
     made: dict[RowKind, list[Any]] = {
         INSTRUCTIONS: rows,
+        TEXTS: [[row] for row in rows],
         PAIRS: [EncodedPair(full, short)] * size,
         FEEDBACK: [(row, True) for row in rows],
     }

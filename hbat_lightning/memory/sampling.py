@@ -93,7 +93,8 @@ def _watch(cache: Cache, tracker: AllocationTracker) -> None:
 
     def update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         with tracker.category(Category.CACHE):
-            return Cache.update(cast(Cache, itself()), *args, **kwargs)
+            keys, values = Cache.update(cast(Cache, itself()), *args, **kwargs)
+            return keys, values
 
     cast(Any, cache).update = update
 
