@@ -23,6 +23,7 @@ from hbat_lightning.cli import main
 from hbat_lightning.run_folder import latest_checkpoint
 from tests import processes
 
+pytestmark = pytest.mark.timeout(1500)  # what starts the processes counts for the first test, and machines may be busy
 ROOT = Path(__file__).parents[1]
 # Norm of the difference of all that trains, relative to its norm; measured on a CPU: see the README.
 LIMITS = {
