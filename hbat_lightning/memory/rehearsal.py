@@ -102,8 +102,8 @@ def _fresh(settings: RunSettings) -> RunSettings:
             objective.reward = planned(objective.reward)
         if isinstance(objective, PPOModule) and isinstance(objective.value, ModelValue):
             raise UserError(
-                f"a value function that is a model of its own ({objective.value.model.spec.name}) cannot be planned; plan the run "
-                "with --model.preference.value AdapterValue, and for the model add what its weights, gradients and moments take"
+                f"a value function that is a model of its own ({objective.value.model.spec.name}) cannot be planned: plan the "
+                "run with --model.preference.value AdapterValue, and add what the model's weights, gradients and moments take"
             )
     return replace(settings, module=module, penalties=copy.deepcopy(settings.penalties))
 
