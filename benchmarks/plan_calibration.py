@@ -353,8 +353,9 @@ def main() -> None:
 HEAD = """# Planned and measured memory
 
 Highest number of allocated bytes in a run, as `hbat plan` says and as torch's profiler counts in the run itself.
-`python benchmarks/plan_calibration.py`, 2-core CPU, 2026-11-23. MB are 10⁶ bytes; "Llama 60M" has 8 layers of 512 and a
-vocabulary of 32,000. The plan is of a run with many rounds: an importance per element has its full memory from the
+`python benchmarks/plan_calibration.py`, 2-core CPU, 2026-11-23, seed 42; PPO and GRPO 2026-11-25. MB are 10⁶ bytes; "Llama
+60M" has 8 layers of 512 and a vocabulary of 32,000, "Llama 8M" 8 of 256 and 8,000; there prompts have up to 80 tokens and
+completions 48. The plan is of a run with many rounds: an importance per element has its full memory from the
 third round on, and the measured run has two.
 
 """

@@ -30,7 +30,7 @@ from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
 from hbat_lightning.memory.precision import lists_of
-from hbat_lightning.memory.rewards import planned
+from hbat_lightning.memory.rewards import own_weights, planned
 from hbat_lightning.memory.sampling import generation_of
 from hbat_lightning.objective import Objective
 from hbat_lightning.objectives.ppo import PPOModule
@@ -171,10 +171,14 @@ class _Rehearsal:
 
     def _prepare(self, base: Any) -> None:
         """Attach the adapter, and take the snapshots that references and anchors need."""
+        cast(Any, self.policy)._recomputation = self._recomputing(self.policy._recomputation)
         with self.tracker.category(Category.ADAPTERS):
             self.policy.adopt(base)
             for objective in self.module.objectives.values():
                 objective.build(self.policy, torch.device("cpu"))
+        for objective in self.module.objectives.values():
+            if isinstance(objective, RolloutModule):
+                self.tracker.assign(own_weights(objective.reward), Category.REWARD)
         references = {reference for objective in self.module.objectives.values() for reference in objective.references}
         with self.tracker.category(Category.REFERENCE):
             self.policy.add_snapshots(references | ({"phase_start"} if self.settings.penalties else set()))
@@ -186,6 +190,20 @@ class _Rehearsal:
             state = getattr(getattr(layer, "weight", None), "quant_state", None)
             if state is not None:
                 self.tracker.weight_shapes.add(tuple(state.shape))
+
+    def _recomputing(self, contexts: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, Any]]:
+        """Contexts of a checkpointed layer's two passes, the second one with the device's lists too."""
+
+        @contextlib.contextmanager
+        def second(context: Any) -> Iterator[None]:
+            with context, lists_of(self.settings.gpu):
+                yield
+
+        def both() -> tuple[Any, Any]:
+            first, again = contexts()
+            return first, second(again)
+
+        return both
 
     def _trained(self, *names: str) -> list[Tensor]:
         """What trains in the phases of some objectives, or in any: the policy's parameters and those of their own."""
@@ -238,7 +256,7 @@ class _Rehearsal:
         if self.settings.accumulate == 1:
             self.optimizer.zero_grad()
         self._awaited = len(self._trained(name)) // 2
-        cast(Any, loss).backward()
+        torch.autograd.backward(loss)  # as a method it would hide the lists from layers that are computed again
 
     def _received(self, parameter: Tensor) -> None:
         """Half-way through the backward pass its last layers' activations are gone, its first layers' gradients to come."""

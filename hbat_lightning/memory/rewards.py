@@ -94,6 +94,12 @@ def _(reward: ClassifierReward) -> Reward:
     return _Classifier(spec.name, spec.dtype, reward.max_length, spec.revision, reward.policy_tokens)
 
 
+def own_weights(reward: Reward) -> list[Tensor]:
+    """Tensors of a model of its own, once it is built."""
+    models = reward._built if isinstance(reward, ClassifierReward) else []
+    return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+
+
 def _classifier(spec: BaseSpec) -> nn.Module:
     """The model that :func:`~hbat_lightning.classifier.load_trained_classifier` loads."""
     if not Path(spec.name, "adapter_config.json").exists():
