@@ -222,7 +222,7 @@ def test_a_sliding_window_bounds_the_cache(tmp_path: Path) -> None:
 
 def test_value_and_reward_are_adapters_and_only_the_value_trains() -> None:
     reward = ["--model.preference.reward", "AdapterReward", "--model.preference.reward.path", "/nowhere"]
-    value, heads = ["--model.preference.value.r", "8"], 129 * 4  # a map from the 128 hidden values, and a bias
+    value, heads = ["--model.preference.value.lora.r", "8"], 129 * 4  # a map from the 128 hidden values, and a bias
     of = rollout_plan(*value, *reward, "--model.preference.reward.lora.r", "4")["preference: micro-batch"].peak.parts
     assert of[Category.ADAPTERS] == TRAINED + TRAINED // 2 + TRAINED // 4 + 2 * heads
     assert of[Category.GRADIENTS] == TRAINED + TRAINED // 2 + heads
