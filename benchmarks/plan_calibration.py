@@ -356,10 +356,10 @@ Highest number of allocated bytes in a run, as `hbat plan` says and as torch's p
 `python benchmarks/plan_calibration.py`, 2-core CPU, 2026-11-23, seed 42; PPO and GRPO 2026-11-25. MB are 10⁶ bytes; "Llama
 60M" has 8 layers of 512 and a vocabulary of 32,000, "Llama 8M" 8 of 256 and 8,000; there prompts have up to 80 tokens and
 completions 48. The plan is of a run with many rounds: an importance per element has its full memory from the
-third round on, and the measured run has two. No GPU is in the table. Plans for one take CUDA's lists of what autocast computes in
-fp32 (`tests/memory/test_precision.py` holds them against CUDA autocast's own dispatch): at 2 rows of 512 tokens in bf16-mixed
-that is 791.9 MB in the place of 702.1 by the CPU's lists for this GPT-2, whose activation function has a power, and no difference for
-Llama and Gemma 2.
+third round on, and the measured run has two. No GPU is in the table. Plans for one take CUDA's lists of what autocast
+computes in fp32 (`tests/memory/test_precision.py` holds them against CUDA autocast's own dispatch): at 2 rows of 512 tokens
+in bf16-mixed that is 791.9 MB in the place of 702.1 by the CPU's lists for this GPT-2, whose activation function has a
+power, and no difference for Llama and Gemma 2.
 
 """
 
