@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from hbat_lightning import (
@@ -30,6 +31,11 @@ from tests.support import DoublePolicy, MemoryLogger, Run, shake
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# The same cases in every run of the suite; `pytest tests/data -k fuzz --hypothesis-profile thorough` draws new ones.
+settings.register_profile("suite", max_examples=40, derandomize=True, database=None, deadline=None)
+settings.register_profile("thorough", max_examples=500, derandomize=False, database=None, deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
