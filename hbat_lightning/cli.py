@@ -26,7 +26,7 @@ from hbat_lightning.callbacks import PhaseProgressBar, PolicyExport, PredictionW
 from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
-from hbat_lightning.errors import UserError
+from hbat_lightning.errors import UserError, printable
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
 from hbat_lightning.trainer_checks import is_dry_run
@@ -255,5 +255,5 @@ def main(args: list[str] | None = None) -> None:
                 make_cli(args)
     except (UserError, ArgumentError) as error:
         line = str(error) if isinstance(error, UserError) else readable(error, args)
-        print("hbat: error: " + " ".join(line.split()), file=sys.stderr)
+        print("hbat: error: " + printable(line), file=sys.stderr)
         raise SystemExit(2) from None
