@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from hbat_lightning.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,3 +44,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Load tensors and plain types, whatever was asked for: anything else would be code that runs.
+
+        Raises:
+            UserError: The checkpoint holds something else.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path} holds more than tensors and plain types, and a pickled object can run code when it is loaded, so "
+                "it is refused: give a checkpoint that hbat fit has written"
+            ) from error
