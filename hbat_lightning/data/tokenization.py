@@ -191,11 +191,14 @@ class Encoder:
             before it.
 
         Raises:
-            DataError: The template cannot write the prompt.
+            DataError: The template cannot write the prompt, or the tokenizer the text.
         """
         bos = [] if self._own_bos is None else [self._own_bos]
         if isinstance(row, TextRow):
-            ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+            try:
+                ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+            except UserError as error:
+                raise DataError(str(error), row.source, row.number) from error
         else:
             ids = self.encode_prompt_of(row)
         ids = ids[len(bos) :] if bos and ids[:1] == bos else ids
