@@ -6,10 +6,12 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hbat_lightning.errors import UserError
@@ -136,11 +138,25 @@ def _config(lora: LoraSettings, task: str = "CAUSAL_LM") -> LoraConfig:
     )
 
 
+def refuse_pickled_adapter(folder: str) -> None:
+    """PEFT would load a pickle where it finds no safetensors.
+
+    Raises:
+        UserError: The folder holds its weights as a pickle.
+    """
+    if Path(folder, "adapter_model.bin").exists() and not Path(folder, "adapter_model.safetensors").exists():
+        raise UserError(
+            f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when it is loaded, so it is "
+            "refused: convert it where you trust it (load it in PEFT and save_pretrained)"
+        )
+
+
 def _load_adapter_weights(model: PeftModel, folder: str, lora: LoraSettings, name: str = TRAINED) -> None:
+    refuse_pickled_adapter(folder)
     try:
         saved = PeftConfig.from_pretrained(folder)
         weights = load_peft_weights(folder, device="cpu")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"adapter_path {folder}: not a PEFT folder ({str(error).splitlines()[0]})") from error
     if (saved.r, saved.lora_alpha) != (lora.r, lora.alpha):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -77,7 +78,7 @@ def _loading(spec: BaseSpec, failed: str, *also: type[Exception]) -> Iterator[st
     Of errors that may be about something else, as a RuntimeError is where memory runs out, only those named in ``also``.
     """
     _require_present(spec)
-    expected: tuple[type[Exception], ...] = (OSError, ValueError, *also)
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError, *also)
     with _folder(spec.name) as folder:
         try:
             yield folder
@@ -110,6 +111,17 @@ def _require_present(spec: BaseSpec) -> None:
         raise UserError(f"{spec.name}: no such folder, and the hub ({host}) cannot be reached. {_REMEDY}")
 
 
+def _refuse_pickles(spec: BaseSpec) -> None:
+    """Say what to do where a folder holds its weights in no other form; of a hub id, transformers says it."""
+    pickles = sorted(path.name for path in Path(spec.name).glob("*.bin"))
+    if pickles and not any(Path(spec.name).glob("*.safetensors")):
+        raise UserError(
+            f"{spec.name} holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded, so it is "
+            "refused: give a model in safetensors, or convert this one where you trust it (load it in transformers and "
+            "save_pretrained)"
+        )
+
+
 def load_config(spec: BaseSpec) -> PretrainedConfig:
     """Load the base's configuration, and nothing else.
 
@@ -133,7 +145,8 @@ def load_model(spec: BaseSpec, device: torch.device) -> PreTrainedModel:
     Raises:
         UserError: When the model cannot be loaded, or a quantised one has linear layers in full precision.
     """
-    arguments: dict[str, Any] = {"dtype": spec.torch_dtype}
+    _refuse_pickles(spec)
+    arguments: dict[str, Any] = {"dtype": spec.torch_dtype, "use_safetensors": True}
     if spec.quantization != "none":
         arguments |= {"quantization_config": quantization_config(spec), "device_map": {"": device}}
     if spec.attn_implementation is not None:
@@ -162,7 +175,8 @@ def load_classifier(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase, new_outp
     Raises:
         UserError: When it cannot be loaded, or it has another number of outputs, or none.
     """
-    arguments: dict[str, Any] = {"num_labels": 1} if new_output else {}
+    _refuse_pickles(spec)
+    arguments: dict[str, Any] = {"use_safetensors": True} | ({"num_labels": 1} if new_output else {})
     if spec.attn_implementation is not None:
         arguments["attn_implementation"] = spec.attn_implementation
     with _loading(spec, "no sequence classifier could be loaded", RuntimeError) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zipfile
 import zlib
@@ -59,15 +60,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise writer.error from error  # torch tells of a full disk as an "unexpected pos"
             _seal(file, writer.digest.hexdigest())
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint; see the base class.
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Load tensors and plain types, whatever was asked for: anything else would be code that runs.
 
         Raises:
-            UserError: The file is damaged.
+            UserError: The file is damaged, or holds something else.
         """
         if Path(path).is_file() and (damaged := damage(Path(path))):
             raise UserError(f"{path}: {damaged}; load another checkpoint")
-        return super().load_checkpoint(path, *args, **kwargs)
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path} holds more than tensors and plain types, and a pickled object can run code when it is loaded, so "
+                "it is refused: give a checkpoint that hbat fit has written"
+            ) from error
 
 
 class _DigestingWriter:

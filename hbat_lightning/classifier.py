@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hbat_lightning.adapters import LoraSettings
+from hbat_lightning.adapters import LoraSettings, refuse_pickled_adapter
 from hbat_lightning.base_model import BaseSpec, fingerprint, load_classifier
 from hbat_lightning.errors import UserError
 from hbat_lightning.model_card import CLASSIFIER, CLASSIFIER_ADAPTER, Weights
@@ -86,6 +86,7 @@ def load_trained_classifier(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase) 
     """
     if not Path(spec.name, "adapter_config.json").exists():
         return cast(nn.Module, load_classifier(spec, tokenizer))
+    refuse_pickled_adapter(spec.name)
     saved = PeftConfig.from_pretrained(spec.name)
     if saved.task_type != ClassifierPolicy.task:
         raise UserError(

@@ -37,7 +37,7 @@ from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.config_errors import readable, refusal
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import Change
-from hbat_lightning.errors import SharedError, UserError
+from hbat_lightning.errors import SharedError, UserError, printable
 from hbat_lightning.files import out_of_room
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.privacy import keyless_streams, without_keys, without_secret_settings
@@ -320,8 +320,8 @@ def main(args: list[str] | None = None) -> None:
         line = str(error) if isinstance(error, UserError) else readable(error, args)
         rank = rank_zero_only.rank  # type: ignore[attr-defined]
         if rank == 0 or not isinstance(error, SharedError):
-            said = f"{f'process {rank}: ' if rank else ''}{' '.join(line.split())}"
-            print("hbat: error: " + without_keys(said), file=sys.stderr)
+            said = f"process {rank}: {line}" if rank else line
+            print("hbat: error: " + without_keys(printable(said)), file=sys.stderr)
         raise SystemExit(2) from None
     except SIGTERMException:
         raise SystemExit(TERMINATED) from None

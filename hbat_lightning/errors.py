@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+_LONGEST = 800  # letters of a message: what stands in the data may be of any length
+
+
+def printable(text: str) -> str:
+    """One line that every terminal shows as it is: what would steer it, and what is no letter, is spelt out."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
 
 class UserError(Exception):
     """A mistake in the command, the configuration or the data; the command line prints it without a traceback."""
@@ -22,9 +30,11 @@ class DataError(UserError):
     """
 
     def __init__(self, message: str, source: str, row: int | None = None, remedy: str = "") -> None:
+        if len(message) > _LONGEST:
+            message = message[:_LONGEST] + "…"
         self.message, self.source, self.row, self.remedy = message, source, row, remedy
         where = source if row is None else f"{source}, row {row}"
-        super().__init__(" ".join(f"{where}: {message}{'. ' + remedy if remedy else ''}".split()))
+        super().__init__(printable(f"{where}: {message}{'. ' + remedy if remedy else ''}"))
 
 
 class LengthError(DataError):

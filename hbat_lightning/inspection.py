@@ -6,7 +6,9 @@ makes; this module only counts. No weights are involved.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,8 @@ import numpy as np
 
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.kinds import RowKind
-from hbat_lightning.data.module import HybridDataModule, ParsedFile, Rows, pad_id, with_bar
+from hbat_lightning.data.module import HybridDataModule, pad_id, with_bar
+from hbat_lightning.data.rows import ParsedFile, Rows
 from hbat_lightning.data.tokenization import Encoded, Encoder
 from hbat_lightning.errors import DataError
 from hbat_lightning.findings import (
@@ -112,7 +115,7 @@ class _Part:
         self.faults: list[DataError] = []
         self.examples: list[Example] = []
         self.rows = self.usable = self.over_length = self.unsupervised = self.answers = self.stopped = 0
-        self.lengths: dict[str, list[int]] = {}
+        self.lengths: dict[str, array[int]] = {}
         self.bos: Counter[str] = Counter()
 
     def read(self, rows: Rows, what: str) -> None:
@@ -121,7 +124,7 @@ class _Part:
             try:
                 self._row(row)
             except DataError as fault:
-                self.faults.append(fault)
+                self.faults.append(fault.with_traceback(None))
 
     def _row(self, row: Row) -> None:
         draft = self.kind.draft(self.encoder, row)
@@ -151,7 +154,7 @@ class _Part:
         if len(answers) == 2:
             measured |= {"chosen": answers[:1], "rejected": answers[1:]}
         for name, lengths in measured.items():
-            self.lengths.setdefault(name, []).extend(lengths)
+            self.lengths.setdefault(name, array("i")).extend(lengths)
 
     def _answer(self, side: Encoded) -> None:
         self.answers += 1
@@ -219,26 +222,26 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 def find_duplicates(train: Rows, held_out: Rows) -> Duplicates:
     """Compare canonical rows: blanks and spelling count, the format that a row came in does not."""
-    whole: dict[Any, int] = {}
-    prompts: set[Any] = set()
+    whole: dict[bytes, int] = {}
+    prompts: set[bytes] = set()
     counts: Counter[str] = Counter()
     first: list[str] = []
     for row in train:
-        prompt, answers = row.prompt, row.answers
-        if (prompt, answers) in whole:
+        prompt, same = _digests(row)
+        if same in whole:
             counts["inside_train"] += 1
-            first.append(f"training row {row.number} repeats row {whole[prompt, answers]}")
+            first.append(f"training row {row.number} repeats row {whole[same]}")
         elif prompt in prompts:
             counts["prompt_inside_train"] += 1
-        whole.setdefault((prompt, answers), row.number)
+        whole.setdefault(same, row.number)
         prompts.add(prompt)
     inside = first[:SHOWN]
     first = []
     for row in held_out:
-        prompt, answers = row.prompt, row.answers
-        if (prompt, answers) in whole:
+        prompt, same = _digests(row)
+        if same in whole:
             counts["across"] += 1
-            first.append(f"held-out row {row.number} is training row {whole[prompt, answers]}")
+            first.append(f"held-out row {row.number} is training row {whole[same]}")
         elif prompt in prompts:
             counts["prompt_across"] += 1
     return Duplicates(
@@ -248,6 +251,14 @@ def find_duplicates(train: Rows, held_out: Rows) -> Duplicates:
         prompt_across=counts["prompt_across"],
         first=inside + first[:SHOWN],
     )
+
+
+def _digests(row: Row) -> tuple[bytes, bytes]:
+    """What stands for a prompt, and for it with its answers, in place of their texts."""
+    prompt = repr([(turn.role, turn.content, turn.context) for turn in row.prompt])
+    return tuple(
+        hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (prompt, prompt + repr(row.answers))
+    )  # type: ignore[return-value]
 
 
 # ---- facts --------------------------------------------------------------------------------------------------------

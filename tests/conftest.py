@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from hbat_lightning import (
@@ -32,12 +34,45 @@ from tests.support import DoublePolicy, MemoryLogger, Run, shake
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+# The same cases in every run of the suite; `pytest tests/data -k fuzz --hypothesis-profile thorough` draws new ones.
+settings.register_profile("suite", max_examples=40, derandomize=True, database=None, deadline=None)
+settings.register_profile("thorough", max_examples=500, derandomize=False, database=None, deadline=None)
+settings.load_profile("suite")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
     # With several threads, sums may be split in another way from run to run, and bits differ.
     torch.set_num_threads(1)
     seed_everything(1234, verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every test fails that reaches for another machine, or asks for one by name, also where a library hides the error."""
+    tried: list[str] = []
+
+    def guard(name: str, where: Callable[..., Any]) -> Callable[..., Any]:
+        real = getattr(socket if name == "getaddrinfo" else socket.socket, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            host = where(*args)
+            if host is None or str(host) in ("localhost", "127.0.0.1", "::1", ""):
+                return real(*args, **kwargs)
+            tried.append(f"{name} {host}")
+            raise OSError(f"no network in the tests: {name} {host}")
+
+        return call
+
+    def peer(one: socket.socket, address: Any) -> Any:
+        return None if one.family == getattr(socket, "AF_UNIX", None) else address[0]
+
+    monkeypatch.setattr(socket.socket, "connect", guard("connect", peer))
+    monkeypatch.setattr(socket.socket, "connect_ex", guard("connect_ex", peer))
+    monkeypatch.setattr(socket.socket, "sendto", guard("sendto", lambda one, data, *more: peer(one, more[-1])))
+    monkeypatch.setattr(socket, "getaddrinfo", guard("getaddrinfo", lambda host, *_: host))
+    yield tried
+    assert tried == [], "the network was asked"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hbat_lightning import Policy
-from hbat_lightning.base_model import BaseSpec, load_model, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, load_classifier, load_model, load_tokenizer
+from hbat_lightning.checkpoint_io import AtomicCheckpointIO
+from hbat_lightning.classifier import load_trained_classifier
+from hbat_lightning.cli import main
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 
@@ -70,7 +76,7 @@ WATCHED_RUN = """
 
 
 def test_a_whole_run_reaches_no_host_and_writes_only_into_its_folder(tmp_path: Path) -> None:
-    places = {name: tmp_path / name for name in ("home", "cwd", "tmp", "run")}
+    places = {name: tmp_path / name for name in ("home", "cwd", "tmp")} | {"run": tmp_path / "r ü n %s {0} $HOME"}
     for place in places.values():
         place.mkdir()
     keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
@@ -138,22 +144,119 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path, base_folder: str) -> Non
     assert not mark.exists()
 
 
-def test_a_pickled_model_that_runs_code_is_not_loaded(tmp_path: Path, base_folder: str) -> None:
-    """Weights in a .bin file are read as tensors only."""
-    import shutil
+class Evil:
+    """What runs code when it is unpickled."""
 
-    mark = tmp_path / "it ran"
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
 
-    class Evil:
-        def __reduce__(self) -> Any:
-            return (open, (str(mark), "w"))
+    def __reduce__(self) -> Any:
+        return (open, (str(self.mark), "w"))
 
-    folder = tmp_path / "model"
+
+@pytest.mark.parametrize("evil", [True, False], ids=["one that runs code", "tensors alone"])
+def test_weights_in_a_pickle_are_refused_unread(evil: bool, tmp_path: Path, base_folder: str) -> None:
+    mark, folder = tmp_path / "it ran", tmp_path / "model"
     shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"."):
-        load_model(BaseSpec(str(folder)), torch.device("cpu"))
+    torch.save({"model.norm.weight": Evil(mark) if evil else torch.ones(64)}, folder / "pytorch_model.bin")
+    tokenizer = load_tokenizer(BaseSpec(base_folder))
+    for load in (
+        lambda: load_model(BaseSpec(str(folder)), torch.device("cpu")),
+        lambda: load_classifier(BaseSpec(str(folder)), tokenizer, new_output=True),
+    ):
+        with pytest.raises(UserError, match=r"holds its weights as a pickle \(pytorch_model.bin\).*convert this one"):
+            load()
     assert not mark.exists()
+
+
+def test_a_damaged_safetensors_file_is_one_line(tmp_path: Path, base_folder: str) -> None:
+    shutil.copytree(base_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{torn")
+    with pytest.raises(UserError, match="model: the model could not be loaded"):
+        load_model(BaseSpec(str(tmp_path / "model")), torch.device("cpu"))
+
+
+def test_an_adapter_in_a_pickle_is_refused_unread(tmp_path: Path, adapter: str, make_policy: Any) -> None:
+    mark = tmp_path / "it ran"
+    Path(adapter, "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x": Evil(mark)}, Path(adapter, "adapter_model.bin"))
+    policy = make_policy(adapter_path=adapter)
+    for load in (
+        lambda: policy.build(torch.device("cpu")),
+        lambda: load_trained_classifier(BaseSpec(adapter), policy.tokenizer),
+    ):
+        with pytest.raises(UserError, match=r"weights as a pickle \(adapter_model.bin\).*convert it"):
+            load()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_a_checkpoint_with_a_pickled_object_is_refused(asked: bool | None, tmp_path: Path) -> None:
+    mark, path = tmp_path / "it ran", tmp_path / "step=1.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(1)}, "hbat": Evil(mark)}, path)
+    with pytest.raises(UserError, match=r"step=1.ckpt holds more than tensors and plain types.*refused: give a"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=asked)
+    assert not mark.exists()
+
+
+def test_the_command_refuses_a_pickled_checkpoint_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark, path = tmp_path / "it ran", tmp_path / "step=1.ckpt"
+    torch.save({"hbat": Evil(mark)}, path)
+    config = Path(__file__).parents[1] / "configs" / "sft.yaml"
+    arguments = [
+        "--config",
+        str(config),
+        "--trainer.default_root_dir",
+        str(tmp_path / "run"),
+        "--weights_only",
+        "false",
+    ]
+    arguments += ["--data.instruction.limit", "40", "--trainer.accelerator", "cpu", "--ckpt_path", str(path)]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"hbat: error: {path} holds more than tensors and plain types")
+    assert "Traceback" not in error
+    assert not mark.exists()
+
+
+def test_nothing_in_the_package_unpickles_or_unpacks() -> None:
+    """In its own code; what libraries are called for is in the tests above."""
+    root = Path(__file__).parents[1]
+    calls = [
+        (path.name, node)
+        for folder in ("hbat_lightning", "callbacks", "benchmarks")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    seen = 0
+    for name, call in calls:
+        called = ast.unparse(call.func)
+        assert called.rpartition(".")[2] not in ("Unpickler", "extractall", "unpack_archive", "eval", "exec"), name
+        assert called not in ("pickle.load", "pickle.loads", "np.load", "joblib.load", "yaml.load"), name
+        if called == "torch.load":
+            seen += 1
+            assert "weights_only=True" in ast.unparse(call), name
+    assert seen
+
+
+def test_the_suite_itself_cannot_reach_a_host(reached: list[str]) -> None:
+    with pytest.raises(OSError, match="no network in the tests"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
+    with pytest.raises(OSError, match="no network in the tests"):
+        socket.getaddrinfo("huggingface.co", 443)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, pytest.raises(OSError, match="no network"):
+        one.sendto(b"x", ("192.0.2.1", 53))
+    assert len(reached) == 3
+    reached.clear()
+    with socket.socket() as server:  # this machine itself may be reached
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        socket.create_connection(server.getsockname(), timeout=5).close()
 
 
 def test_an_embedded_model_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

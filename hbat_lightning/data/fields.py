@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -152,6 +153,9 @@ _ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
 }
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")  # their cells have no types
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 80, 80
 
 
 # --- checked access to the fields of a row ----------------------------------------------------------------------
@@ -170,9 +174,17 @@ def checked_text(row: RawRow, value: Any, name: str, may_be_empty: bool = False)
         raise fault(row, f"{name} is a {type(value).__name__}, text was expected")
     if not may_be_empty and not value.strip():
         raise fault(row, f"{name} is empty")
+    if value.strip().lower() == "nan" and row.source.lower().endswith(_TABLES):
+        remedy = "Repair or remove the row; where the word is meant, write the data as JSON"
+        raise fault(row, f"{name} is {value.strip()}, which tables write for a value that is missing", remedy)
     if _LONE_SURROGATE.search(value):  # JSON can spell it, but no tokenizer takes it
         raise fault(row, f"{name} holds half of a surrogate pair, which is no character", "Write it as valid Unicode")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: its beginning, and not what is nested deep in it."""
+    return _SHOWN.repr(value)
 
 
 def value_of(row: RawRow, column: str) -> Any:
@@ -207,10 +219,11 @@ def read_turn(row: RawRow, value: Any, name: str) -> Message:
     for key in (role_key, content_key):
         if key not in value:
             raise fault(row, f"{name} has no {key!r}")
-    role = _ROLES.get(str(value[role_key]).lower())
+    said = value[role_key]
+    role = _ROLES.get(said.lower()) if isinstance(said, str) else None
     if role is None:
         known = ", ".join(_ROLES)
-        raise fault(row, f"{name} has the role {value[role_key]!r}", f"Known roles are {known}; rename or remove it")
+        raise fault(row, f"{name} has the role {shown(said)}", f"Known roles are {known}; rename or remove it")
     return Message(role, checked_text(row, value[content_key], f"{name}.{content_key}"))
 
 
@@ -305,7 +318,7 @@ def read_choice(row: RawRow, value: Any, column: str, first: int) -> int:
     """0 or 1 from a column that counts from `first`; tables give it as text or as a float."""
     known = {first: 0, first + 1: 1, str(first): 0, str(first + 1): 1}
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in known:
-        raise fault(row, f"{column!r} is {value!r}, {first} or {first + 1} was expected")
+        raise fault(row, f"{column!r} is {shown(value)}, {first} or {first + 1} was expected")
     return known[cast("int | str", value)]
 
 
@@ -316,10 +329,10 @@ def read_margin(row: RawRow) -> float:
         return 0.0
     try:
         margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise fault(row, f"'margin' is {value!r}, a number was expected", "Repair it, or rename the column")
+        raise fault(row, f"'margin' is {shown(value)}, a number was expected", "Repair it, or rename the column")
     return margin
 
 
@@ -329,5 +342,5 @@ def read_verdict(row: RawRow, columns: tuple[str, ...]) -> bool:
     value = value_of(row, column)
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if not isinstance(value, (bool, int, float, str)) or str(value).strip().lower() not in known:
-        raise fault(row, f"{column!r} is {value!r}, true (desirable) or false (undesirable) was expected")
+        raise fault(row, f"{column!r} is {shown(value)}, true (desirable) or false (undesirable) was expected")
     return known[str(value).strip().lower()]

@@ -35,6 +35,11 @@ __all__ = [
     "parse_preferences",
     "parse_prompts",
     "parse_texts",
+    "recognise_feedback",
+    "recognise_instructions",
+    "recognise_preferences",
+    "recognise_prompts",
+    "recognise_texts",
 ]
 
 
@@ -159,6 +164,40 @@ def parse_texts(rows: Sequence[RawRow], format: str | None = None) -> tuple[list
     return _parse(rows, format, _TEXT)
 
 
+def recognise_instructions(first: RawRow, format: str | None = None) -> Format[InstructionRow]:
+    """The format that instruction data are in.
+
+    Args:
+        first: Their first row.
+        format: The name of a format, or `None` to go by the columns.
+
+    Raises:
+        DataError: The data are of another kind: unknown columns, preference data, unpaired feedback.
+        UserError: No format has that name.
+    """
+    return _choose(first, format, _INSTRUCTION)
+
+
+def recognise_preferences(first: RawRow, format: str | None = None) -> Format[PreferenceRow]:
+    """The format that preference data are in; arguments and errors as of `recognise_instructions`."""
+    return _choose(first, format, _PREFERENCE)
+
+
+def recognise_feedback(first: RawRow, format: str | None = None) -> Format[FeedbackRow]:
+    """The format that unpaired feedback is in; arguments and errors as of `recognise_instructions`."""
+    return _choose(first, format, _FEEDBACK)
+
+
+def recognise_prompts(first: RawRow, format: str | None = None) -> Format[Any]:
+    """The format that data of any kind are in, for the prompts in them; otherwise as `recognise_instructions`."""
+    return _choose(first, format, _PROMPT)
+
+
+def recognise_texts(first: RawRow, format: str | None = None) -> Format[Any]:
+    """The format that texts are in, or data of any kind for the prompts in it; otherwise as `recognise_instructions`."""
+    return _choose(first, format, _TEXT)
+
+
 def _parse(rows: Sequence[RawRow], name: str | None, kind: _Kind[Row]) -> tuple[list[Row], list[DataError], str]:
     if not rows:
         raise UserError(f"there are no rows of {kind.name} data to read")
@@ -169,7 +208,7 @@ def _parse(rows: Sequence[RawRow], name: str | None, kind: _Kind[Row]) -> tuple[
         try:
             good.append(chosen.parse(row))
         except DataError as error:
-            faults.append(error)
+            faults.append(error.with_traceback(None))  # a traceback would keep the row, and whatever read it
     return good, faults, chosen.name
 
 

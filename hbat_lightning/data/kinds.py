@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hbat_lightning.data.fields import Row
-from hbat_lightning.data.formats import parse_feedback, parse_instructions, parse_preferences, parse_texts
+from hbat_lightning.data.formats import (
+    Format,
+    recognise_feedback,
+    recognise_instructions,
+    recognise_preferences,
+    recognise_texts,
+)
+from hbat_lightning.data.readers import RawRow
 from hbat_lightning.data.sets import FeedbackSet, InstructionSet, PreferenceSet
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
-from hbat_lightning.errors import DataError
 from hbat_lightning.stream import TrainingSet
 
 
@@ -20,9 +26,10 @@ class RowKind:
 
     Attributes:
         name: As messages call them.
-        parse: Raw rows and perhaps the name of a format -> usable rows, faults of the others, the format's name.
+        recognise: The first row and perhaps the name of a format -> the format that the rows are in.
         encode: A row -> its encoded form; ``None`` where it was dropped for its length.
-        collect: Encoded rows, their source and the pad id -> a set to train on.
+        size: An encoded row -> how many rows it is in the set.
+        collect: Encoded rows one by one, their source and the pad id -> a set to train on.
         held_out: The same for held-out rows, where they are used in another way.
         together: Whether what a row is scored on depends on the others of its micro-batch, which then must be two or more.
         answered: Whether the data's own answers train; else the audit has none to look at.
@@ -32,24 +39,25 @@ class RowKind:
     """
 
     name: str
-    parse: Callable[[Sequence[Any], str | None], tuple[list[Any], list[DataError], str]]
+    recognise: Callable[[RawRow, str | None], Format[Any]]
     encode: Callable[[Encoder, Any], Any]
-    collect: Callable[[Sequence[Any], str, int], TrainingSet]
+    collect: Callable[[Iterable[Any], str, int], TrainingSet]
     together: bool = False
-    held_out: Callable[[Sequence[Any], str, int], TrainingSet] | None = None
+    held_out: Callable[[Iterable[Any], str, int], TrainingSet] | None = None
     answered: bool = True
     prompted: bool = True
     draft: Callable[[Encoder, Any], Draft] = Encoder.draft
     fit: Callable[[Encoder, Any, Draft], list[Encoded] | None] = Encoder.fit
+    size: Callable[[Any], int] = lambda encoded: 1
 
 
-def _collect_pieces(texts: Sequence[Sequence[Encoded]], source: str, pad_id: int) -> InstructionSet:
-    return InstructionSet([piece for pieces in texts for piece in pieces], source, pad_id)
+def _collect_pieces(texts: Iterable[Sequence[Encoded]], source: str, pad_id: int) -> InstructionSet:
+    return InstructionSet((piece for pieces in texts for piece in pieces), source, pad_id)
 
 
-INSTRUCTIONS = RowKind("instructions", parse_instructions, Encoder.encode_instruction, InstructionSet)
-PAIRS = RowKind("pairs", parse_preferences, Encoder.encode_preference, PreferenceSet)
-FEEDBACK = RowKind("feedback", parse_feedback, Encoder.encode_feedback, FeedbackSet, together=True)
+INSTRUCTIONS = RowKind("instructions", recognise_instructions, Encoder.encode_instruction, InstructionSet)
+PAIRS = RowKind("pairs", recognise_preferences, Encoder.encode_preference, PreferenceSet)
+FEEDBACK = RowKind("feedback", recognise_feedback, Encoder.encode_feedback, FeedbackSet, together=True)
 
 
 def _draft_text(encoder: Encoder, row: Row) -> Draft:
@@ -60,11 +68,12 @@ def _draft_text(encoder: Encoder, row: Row) -> Draft:
 
 TEXTS = RowKind(
     "texts",
-    parse_texts,
+    recognise_texts,
     Encoder.encode_text,
     _collect_pieces,
     answered=False,
     prompted=False,
     draft=_draft_text,
     fit=lambda encoder, row, _: encoder.encode_text(row),
+    size=len,
 )

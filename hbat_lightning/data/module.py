@@ -10,10 +10,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
-from hbat_lightning.data.fields import Row
 from hbat_lightning.data.kinds import INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.provenance import Change, RowPlaces, contents_digest, digest, tokenizer_identity
-from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, read_rows
+from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, open_rows
+from hbat_lightning.data.rows import ParsedFile, PartOfRows, Rows, parse_file
 from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader
 from hbat_lightning.data.templates import Template, TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoder
@@ -29,33 +29,15 @@ if TYPE_CHECKING:
     from hbat_lightning.objective import Objective
 
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
-Rows = Sequence[Row]
 
 
 class Place(NamedTuple):
-    """Where rows are: what :func:`~hbat_lightning.data.readers.read_rows` takes."""
+    """Where rows are: what :func:`~hbat_lightning.data.readers.open_rows` takes."""
 
     path: str
     split: str | None
     limit: int | None
     selection: HubSelection
-
-
-@dataclass(frozen=True)
-class ParsedFile:
-    """What the rows of a file came to.
-
-    Attributes:
-        path: The file, folder or hub id.
-        format: The format it was read as.
-        rows: Usable rows, in canonical form.
-        faults: One error for every other row.
-    """
-
-    path: str
-    format: str
-    rows: Rows
-    faults: list[DataError]
 
 
 @dataclass(frozen=True)
@@ -279,13 +261,13 @@ class HybridDataModule(LightningDataModule):
         encoder = self.encoder(name, tokenizer)
         train, held_out = self.split(name, seed)
         for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
-            encoded, places = self._encode(name, rows, encoder)
-            self.notes.append(f"{name}: {len(encoded):,} {what} rows of {len(rows):,}")
-            kind = self.kinds[name]
+            kind, encoded = self.kinds[name], _EncodedRows(self, name, rows, encoder)
             collect = kind.collect if sets is self.train_sets else kind.held_out or kind.collect
             sets[name] = collect(encoded, self.source(name).path, pad_id(tokenizer))
+            self._drop(name, encoded.faults)
+            self.notes.append(f"{name}: {encoded.count:,} {what} rows of {len(rows):,}")
             if sets is self.train_sets:
-                self.places[name] = places
+                self.places[name] = encoded.places
         if not len(self.train_sets[name]):
             raise DataError("no usable row is left", self.source(name).path, remedy="Run hbat inspect to see why")
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(encoder.counts.items()))
@@ -323,26 +305,22 @@ class HybridDataModule(LightningDataModule):
         """Draw a share of the rows with the run's seed: (training, held-out)."""
         fraction = self.source(name).val_fraction
         count = min(len(rows) - 1, max(1, round(len(rows) * fraction))) if fraction > 0 and len(rows) else 0
-        held_out = set(permutation(len(rows), seed, name, "held-out")[:count])
-        parts: tuple[list[Any], list[Any]] = ([], [])
-        for number, row in enumerate(rows):
-            parts[number in held_out].append(row)
-        return parts
+        held_out = frozenset(permutation(len(rows), seed, name, "held-out")[:count])
+        return PartOfRows(rows, held_out, inside=False), PartOfRows(rows, held_out, inside=True)
 
     def parse(self, name: str, place: Place) -> ParsedFile:
-        """Read a file into canonical rows, and collect the faults of single rows.
+        """Find the usable rows of a file, and collect the faults of the others.
 
         Raises:
             UserError: The file as a whole cannot be used.
         """
-        rows, faults, found = self.kinds[name].parse(read_rows(*place), self.source(name).format)
-        return ParsedFile(place.path, found, rows, faults)
+        return parse_file(open_rows(*place), lambda first: self.kinds[name].recognise(first, self.source(name).format))
 
     def read(self, name: str, place: Place) -> Rows:
         """Rows of a file in canonical form; faults end the run, or are dropped and counted."""
         file = self.parse(name, place)
         self._drop(name, file.faults)
-        if not file.rows:
+        if not len(file.rows):
             raise DataError("no usable row", place.path, remedy="Run hbat inspect to see why")
         self.notes.append(f"{name}: {place.path} read as {file.format}")
         return file.rows
@@ -379,7 +357,7 @@ class HybridDataModule(LightningDataModule):
         name = self.prompt_source
         source, encoder = self.source(name), self.encoder(name, tokenizer)
         rows: Rows = self.read(name, source.testing) if source.testing else self.split(name, seed)[1]
-        if not rows:
+        if not len(rows):
             raise UserError(f"no held-out prompts: give --data.init_args.{name}.test_path, val_path or val_fraction")
         prompts = []
         for row in rows:
@@ -394,21 +372,36 @@ class HybridDataModule(LightningDataModule):
             prompts.append(Prompt(ids, text, row.answers[0] if row.answers else ""))
         return prompts
 
-    def _encode(self, name: str, rows: Rows, encoder: Encoder) -> tuple[list[Any], RowPlaces]:
-        encoded, places, faults = [], RowPlaces(), []
-        for row in with_bar(rows, f"tokenising {name}"):
+
+class _EncodedRows:
+    """Encodes rows as they are asked for, once.
+
+    Attributes:
+        count: How many have been encoded, and not dropped.
+        places: Where each row of the set comes from.
+        faults: What was wrong with others, where that does not end the run.
+    """
+
+    def __init__(self, data: HybridDataModule, name: str, rows: Rows, encoder: Encoder) -> None:
+        self._data, self._name, self._rows, self._encoder = data, name, rows, encoder
+        self.count, self.places = 0, RowPlaces()
+        self.faults: list[DataError] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        kind = self._data.kinds[self._name]
+        for row in with_bar(self._rows, f"tokenising {self._name}"):
             try:
-                made = self.kinds[name].encode(encoder, row)
+                encoded = kind.encode(self._encoder, row)
             except DataError as fault:
-                if self.is_fatal(fault):
+                if self._data.is_fatal(fault):
                     raise _with_hint([fault]) from fault
-                faults.append(fault)
-                continue
-            if made is not None:
-                encoded.append(made)
-                places.append(row)
-        self._drop(name, faults)
-        return encoded, places
+                self.faults.append(fault.with_traceback(None))
+            else:
+                if encoded is not None:
+                    self.count += 1
+                    for _ in range(kind.size(encoded)):
+                        self.places.append(row)
+                    yield encoded
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

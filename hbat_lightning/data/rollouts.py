@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hbat_lightning.data.fields import Row
+from hbat_lightning.data.packed import pack_prompts
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
 from hbat_lightning.ranks import Ranks
@@ -152,14 +153,14 @@ class RolloutSet(SampledSet):
 
     def __init__(
         self,
-        rows: Sequence[list[int]],
+        rows: Iterable[list[int]],
         source: str,
         pad_id: int,
         cycle: Cycle,
         count: Callable[[Rollout], int],
         roll_out: RollOut,
     ) -> None:
-        self.rows, self.source, self.pad_id, self.cycle = list(rows), source, pad_id, cycle
+        self.rows, self.source, self.pad_id, self.cycle = pack_prompts(rows), source, pad_id, cycle
         self.count, self.roll_out = count, roll_out
         self.digest = _digest(self.rows)
         self._sampler: Sampler | None = None
@@ -234,8 +235,8 @@ class PromptSet:
         pad_id: Fills up short rows.
     """
 
-    def __init__(self, rows: Sequence[list[int]], source: str, pad_id: int) -> None:
-        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+    def __init__(self, rows: Iterable[list[int]], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = pack_prompts(rows), source, pad_id
         self.digest = _digest(self.rows)
 
     def __len__(self) -> int:
@@ -255,7 +256,7 @@ class PromptSet:
         return self.collate([0])
 
 
-def _digest(rows: Sequence[list[int]]) -> str:
+def _digest(rows: Iterable[list[int]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         digest.update(np.array(row, dtype=np.int32).tobytes())

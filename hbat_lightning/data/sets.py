@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbat_lightning.data.packed import PackedRows, pack_texts
 from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import DataError
 from hbat_lightning.ranks import ALONE, Ranks
@@ -77,8 +78,8 @@ class InstructionSet:
         pad_id: Fills up short rows.
     """
 
-    def __init__(self, rows: Sequence[Encoded], source: str, pad_id: int) -> None:
-        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+    def __init__(self, rows: Iterable[Encoded], source: str, pad_id: int) -> None:
+        self.rows, self.source, self.pad_id = pack_texts(rows), source, pad_id
         self.digest = _digest(self.rows)
 
     def __len__(self) -> int:
@@ -107,11 +108,16 @@ class PreferenceSet:
         pad_id: Fills up short rows.
     """
 
-    def __init__(self, rows: Sequence[EncodedPair], source: str, pad_id: int) -> None:
-        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+    def __init__(self, rows: Iterable[EncodedPair], source: str, pad_id: int) -> None:
+        self.source, self.pad_id = source, pad_id
+        self.rows = PackedRows(
+            rows,
+            lambda pair: ((pair.chosen, pair.rejected), pair.margin),
+            lambda two, margin: EncodedPair(two[0], two[1], margin),
+        )
         self.digest = _digest(side for pair in self.rows for side in (pair.chosen, pair.rejected))
-        if any(pair.margin for pair in self.rows):
-            margins = " ".join(repr(pair.margin) for pair in self.rows)
+        if any(self.rows.numbers()):
+            margins = " ".join(map(repr, self.rows.numbers()))
             self.digest = hashlib.blake2b((self.digest + margins).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -154,16 +160,19 @@ class FeedbackSet:
         DataError: There is a single row: no other answer to take.
     """
 
-    def __init__(self, rows: Sequence[tuple[Encoded, bool]], source: str, pad_id: int) -> None:
-        self.rows, self.source, self.pad_id = list(rows), source, pad_id
+    def __init__(self, rows: Iterable[tuple[Encoded, bool]], source: str, pad_id: int) -> None:
+        self.source, self.pad_id = source, pad_id
+        self.rows: PackedRows[tuple[Encoded, bool]] = PackedRows(
+            rows, lambda row: ((row[0],), float(row[1])), lambda texts, desirable: (texts[0], bool(desirable))
+        )
         if len(self.rows) == 1:
             message = "a single row of feedback, training or held out, has no other answer to be compared with"
             raise DataError(message, source, remedy="Add rows, or hold out more of them, or none (val_fraction 0)")
-        verdicts = "".join(str(int(desirable)) for _, desirable in self.rows)
+        verdicts = "".join(str(int(desirable)) for desirable in self.rows.numbers())
         self.digest = hashlib.blake2b(
             (_digest(row for row, _ in self.rows) + verdicts).encode(), digest_size=8
         ).hexdigest()
-        self._longest = max((len(row.input_ids) for row, _ in self.rows), default=0)
+        self._longest = max(self.rows.lengths(), default=0)
 
     def __len__(self) -> int:
         """Number of answers."""

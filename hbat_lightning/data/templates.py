@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABCMeta, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -43,6 +43,7 @@ class Template(metaclass=ABCMeta):
         stop_text: What closes an answer in the template's own rendering; empty where it writes nothing there.
         stop_token_id: The id of that; `None` means the tokenizer's eos.
         writes_bos: Whether the template alone decides about the bos token.
+        markers: Tokens of the vocabulary, with their ids, that it opens turns with although they are not called special.
     """
 
     # Not fields: a subclass sets them, and they are not part of what a configuration can give.
@@ -50,6 +51,7 @@ class Template(metaclass=ABCMeta):
     stop_text = ""
     stop_token_id = cast("int | None", None)
     writes_bos = False
+    markers = cast("Mapping[str, int]", {})
 
     @property
     def wording(self) -> str:
@@ -207,6 +209,9 @@ class ChatTemplate(Template):
         self.stop_token_id = specials[stop[0]] if stop else None
         # what the template writes between the answer's content and its stop token is learnt with the answer
         self._answer_tail = self._ending[: stop.start()] if stop else ""
+        asked = self._render([Message("user", "question")], prompt=True)
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        self.markers = {text: number for text, number in added.items() if text in asked and text not in specials}
 
     @property
     def wording(self) -> str:

@@ -131,7 +131,8 @@ class Encoder:
         self.counts: Counter[str] = Counter()
         eos = int(tokenizer.eos_token_id)
         self.stop_token_id = eos if template.stop_token_id is None else template.stop_token_id
-        self._specials = special_token_ids(tokenizer)
+        self._specials = {**special_token_ids(tokenizer), **template.markers}
+        self._watched = self._not_for_texts(eos)
         texts = [text for text, number in self._specials.items() if number in (eos, self.stop_token_id)]
         self._stop_texts = tuple(dict.fromkeys([template.stop_text or str(tokenizer.eos_token), *texts]))
         alternatives = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)"
@@ -190,11 +191,14 @@ class Encoder:
             before it.
 
         Raises:
-            DataError: The template cannot write the prompt.
+            DataError: The template cannot write the prompt, or the tokenizer the text.
         """
         bos = [] if self._own_bos is None else [self._own_bos]
         if isinstance(row, TextRow):
-            ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+            try:
+                ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+            except UserError as error:
+                raise DataError(str(error), row.source, row.number) from error
         else:
             ids = self.encode_prompt_of(row)
         ids = ids[len(bos) :] if bos and ids[:1] == bos else ids
@@ -248,12 +252,30 @@ class Encoder:
     # --- segments -------------------------------------------------------------------------------------------------
 
     def _write(self, messages: Sequence[Message]) -> list[Segment]:
-        """The segments of a conversation, with special-token strings in its messages marked as text."""
-        safe = []
-        for message in messages:
-            content = self._without_stop(message.content) if message.role == "assistant" else message.content
-            safe.append(Message(message.role, self._protect(content), self._protect(message.context)))
-        return self.template.segments(safe, last_only=self.supervise == "last")
+        """The segments of a conversation, with special-token strings in its messages marked as text.
+
+        Raises:
+            UserError: The template cannot write it.
+        """
+        meant = [
+            Message(one.role, self._without_stop(one.content), one.context) if one.role == "assistant" else one
+            for one in messages
+        ]
+        safe = [Message(one.role, self._protect(one.content), self._protect(one.context)) for one in meant]
+        segments = self.template.segments(safe, last_only=self.supervise == "last")
+        if safe != meant:
+            self._require_whole_marks(meant, segments)
+        return segments
+
+    def _require_whole_marks(self, messages: Sequence[Message], segments: Sequence[Segment]) -> None:
+        """A template that cuts or changes a message may have cut a marked string from one of its marks."""
+        written = "".join(self._protected.sub("", segment.text) for segment in segments)
+        meant = "".join(message.content + message.context for message in messages)
+        if any(written.count(mark) > meant.count(mark) for mark in (_OPEN, _CLOSE)):
+            raise UserError(
+                "the template cuts a message at a special token that is spelt out in it; remove that from the row, or "
+                "choose the template alpaca, tldr or plain"
+            )
 
     def _without_stop(self, answer: str) -> str:
         """An answer whose stop token was written out in the data must not get a second one."""
@@ -266,6 +288,10 @@ class Encoder:
 
     def _encode_row(self, row: Row) -> Draft:
         """Encode the prompt once and every answer to it."""
+        answers = [*row.answers, *(message.content for message in row.prompt if message.role == "assistant")]
+        if not all(self._without_stop(answer).strip() for answer in answers):
+            message = "the answer holds nothing but a stop token"
+            raise DataError(message, row.source, row.number, "Fill it in or remove the row")
         try:
             written = [self._write([*row.prompt, Message("assistant", answer)]) for answer in row.answers]
         except UserError as error:  # a template knows no rows
@@ -275,11 +301,11 @@ class Encoder:
             if segments[:-1] != before:
                 message = "the template writes the prompt differently for the two answers"
                 raise DataError(message, row.source, row.number, "Choose another template")
-            if not segments[-1].text.strip():
-                message = "the answer holds nothing but a stop token"
-                raise DataError(message, row.source, row.number, "Fill it in or remove the row")
-        encoded = [self._encode_answer(segments[-1].text) for segments in written]
-        ids = self._encode_segments(before)
+        try:
+            encoded = [self._encode_answer(segments[-1].text) for segments in written]
+            ids = self._encode_segments(before)
+        except UserError as error:
+            raise DataError(str(error), row.source, row.number) from error
         if self.count_merges:
             merges = any(self._merges(segments, answer.ids) for segments, answer in zip(written, encoded, strict=True))
             self.counts["boundary_merges"] += merges
@@ -298,6 +324,10 @@ class Encoder:
                 piece = self._encode_text(segment.text, (self._stop_texts[0], *_ANCHORS))
             ids += piece
             supervised += [segment.supervised and self.supervise == "all"] * len(piece)
+        if not ids:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no token for the prompt: remove the row"
+            )
         return Ids(ids, supervised)
 
     def _encode_opening(self, text: str) -> list[int]:
@@ -305,7 +335,10 @@ class Encoder:
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def _encode_answer(self, text: str) -> Ids:
-        ids = [*self._encode_text(text, _ANCHORS), self.stop_token_id]
+        said = self._encode_text(text, _ANCHORS)
+        if not said:
+            raise UserError(f"the tokenizer {self.tokenizer.name_or_path!r} has no token for an answer: remove the row")
+        ids = [*said, self.stop_token_id]
         return Ids(ids, [True] * len(ids))
 
     def _merges(self, segments: Sequence[Segment], answer: list[int]) -> bool:
@@ -342,10 +375,28 @@ class Encoder:
         return self._checked(text, self._tokenize(text, split), split)
 
     def _checked(self, text: str, ids: list[int], split: bool) -> list[int]:
-        """A marked string must not have become its special token, which some vocabularies hold as an ordinary piece."""
-        if split and self._specials[text] in ids:
-            return [number for part in (text[:1], text[1:]) for number in self._continue(part, _ANCHORS, split=False)]
-        return ids
+        """Ids of a text, which hold a special token only where the template has written one.
+
+        A vocabulary may hold special tokens as ordinary pieces too, a normaliser may make one of another spelling, and
+        tokens that are not called special are found in any text.
+        """
+        found = [number for number in ids if number in self._watched]
+        written = [] if split else [self._specials[mark] for mark in self._special.findall(text)]
+        if not found or not Counter(found) - Counter(written):
+            return ids
+        if not split:
+            parts = [(part, place % 2 == 0) for place, part in enumerate(self._special.split(text))]
+        elif len(text) > 1:
+            parts = [(text[:1], True), (text[1:], True)]
+        else:
+            raise UserError(f"the tokenizer {self.tokenizer.name_or_path!r} can write {text!r} only as a special token")
+        return [number for part, apart in parts if part for number in self._continue(part, _ANCHORS, apart)]
+
+    def _not_for_texts(self, eos: int) -> frozenset[int]:
+        """Ids of special tokens, which no text of a message may become; unknown letters may become what stands for them."""
+        unknown = self.tokenizer.unk_token_id
+        kept = {eos, self.stop_token_id, self.tokenizer.bos_token_id}
+        return frozenset(number for number in self._specials.values() if number != unknown or number in kept)
 
     def _tokenize(self, text: str, split: bool) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbat_lightning.data.formats import parse_prompts
+from hbat_lightning.data.formats import recognise_prompts
 from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.data.rollouts import (
     Each,
@@ -100,7 +100,7 @@ class RolloutModule(ObjectiveModule):
         """Prompts, from any format; the answers in the data are not looked at."""
         return RowKind(
             "prompts",
-            parse_prompts,
+            recognise_prompts,
             self._encode,
             self._collect,
             held_out=PromptSet,
@@ -113,7 +113,7 @@ class RolloutModule(ObjectiveModule):
         self._stop = encoder.stop_token_id
         return encode_opening(encoder, row, self.sampling.max_new_tokens)
 
-    def _collect(self, rows: Sequence[list[int]], source: str, pad_id: int) -> RolloutSet:
+    def _collect(self, rows: Iterable[list[int]], source: str, pad_id: int) -> RolloutSet:
         return RolloutSet(rows, source, pad_id, self.cycle, self.count, self.roll_out)
 
     def count(self, rollout: Rollout) -> int:

@@ -4,15 +4,22 @@ import csv
 import gzip
 import inspect
 import json
+import os
 import pickle
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from hbat_lightning import hub
-from hbat_lightning.data import embedded
-from hbat_lightning.data.readers import HubSelection, RawRow, read_rows
+from hbat_lightning.data import embedded, files
+from hbat_lightning.data.formats import parse_instructions, recognise_instructions
+from hbat_lightning.data.readers import HubSelection, RawRow, open_rows, read_rows
+from hbat_lightning.data.rows import parse_file
 from hbat_lightning.errors import DataError, UserError
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -320,5 +327,94 @@ class TestFaults:
     def test_open_quotation(self, tmp_path: Path) -> None:
         assert "row 3: the row cannot be parsed" in fault(write(tmp_path / "a.csv", 'p,q\n1,2\n1,"2\n3,4\n'))
 
+    @pytest.mark.parametrize(
+        ("name", "text", "row"),
+        [
+            ("a.jsonl", '{"a": 1}\n{"a": {"b": 1, "b": 2}}\n', "row 2"),
+            ("a.json", '[{"a": 1},\n {"a": 1}, {"a": 1, "a": 1}]', "row 3"),
+        ],
+    )
+    def test_a_key_that_stands_twice(self, tmp_path: Path, name: str, text: str, row: str) -> None:
+        message = fault(write(tmp_path / name, text))
+        assert f"{name}, {row}: " in message
+        assert "stands twice in one object" in message
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+    def test_a_number_without_end(self, tmp_path: Path, name: str) -> None:
+        text = '{"a": ' + "1" * 5000 + "}"
+        assert "row 1: broken JSON: Exceeds the limit" in fault(
+            write(tmp_path / name, f"[{text}]" * (name == "a.json") or text)
+        )
+
+    def test_columns_of_one_name_in_parquet(self, tmp_path: Path) -> None:
+        parquet.write_table(pyarrow.table([["x"], ["y"]], names=["a", "a"]), tmp_path / "a.parquet")
+        assert "two columns have one name" in fault(str(tmp_path / "a.parquet"))
+
+    @pytest.mark.parametrize("name", ["a.pkl", "a.pt", "a.bin", "A.CKPT", "a.npy"])
+    def test_a_pickle_is_refused_by_its_name_alone(self, tmp_path: Path, name: str) -> None:
+        assert "can hold a pickle, which runs code when it is read" in fault(write(tmp_path / name, pickle.dumps(ROWS)))
+
+    def test_a_pickle_by_another_name_is_no_text(self, tmp_path: Path) -> None:
+        assert "not UTF-8" in fault(write(tmp_path / "a.jsonl", pickle.dumps(ROWS)))
+
+    def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.jsonl")
+        assert "no regular file" in fault(str(tmp_path / "a.jsonl"))
+
+    @pytest.mark.parametrize("path", ["x" * 5000 + ".json", "~nobody-of-this-name/a.json"])
+    def test_a_name_that_no_file_can_have(self, path: str) -> None:
+        assert "no file can have this name" in fault(path)
+
+    def test_what_would_steer_a_terminal_is_spelt_out(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", json.dumps({"\x1b[31m\u202e\ud800": 1}))
+        with pytest.raises(DataError) as caught:
+            parse_instructions(read_rows(path))
+        assert str(caught.value).isprintable()
+        assert r"\x1b[31m\u202e\ud800" in str(caught.value)
+
     def test_column_named_twice(self, tmp_path: Path) -> None:
         assert "names a column twice" in fault(write(tmp_path / "a.csv", "p,p\n1,2\n"))
+
+
+class TestMemory:
+    def test_a_pass_holds_a_few_rows_and_not_the_file(self, tmp_path: Path) -> None:
+        """Also where the text is compressed a hundredfold, and whatever comes of it."""
+        line = json.dumps({"prompt": "x" * 500, "completion": "y" * 500}) + "\n"
+        path = write(tmp_path / "a.jsonl.gz", gzip.compress(line.encode() * 20_000, 1))
+        rows = parse_file(open_rows(path), recognise_instructions).rows
+        assert len(rows) == 20_000
+        assert peak(lambda: sum(1 for _ in rows)) < 2 * 2**20
+
+    @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+    def test_a_bomb_is_refused_before_it_has_unfolded(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(files, "LONGEST_ROW", 2**20)
+        monkeypatch.setattr(files, "LARGEST_JSON", 2**20)
+        path = write(tmp_path / name, gzip.compress(b'"' + b"x" * 100 * 2**20, 1))
+        assert os.path.getsize(path) < 2**20
+        message: list[str] = []
+        assert peak(lambda: message.append(fault(path))) < 16 * 2**20
+        assert ("larger than 1 MiB" if ".json." in name else "the row is longer than 1 MiB") in message[0]
+
+    def test_a_quotation_mark_that_is_never_closed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "LONGEST_ROW", 2**16)
+        text = 'p,q\n1,2\n3,"4\n' + "5,6\n" * 2**16
+        assert "row 3: the row is longer than" in fault(write(tmp_path / "a.csv", text))
+
+    def test_a_file_that_changes_between_passes(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", json_lines(ROWS))
+        rows = parse_file(open_rows(path), recognise_instructions).rows
+        write(tmp_path / "a.jsonl", json_lines(ROWS[:1]))
+        with pytest.raises(DataError, match="had 2 usable rows a moment ago and has 1 now"):
+            list(rows)
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that Python held at most while it worked."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
