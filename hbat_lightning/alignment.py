@@ -34,7 +34,7 @@ from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
 from hbat_lightning.privacy import without_secret_settings
-from hbat_lightning.ranks import Ranks
+from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.run_record import go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
@@ -125,8 +125,8 @@ class AlignmentModule(LightningModule):
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that train together."""
-        return Ranks.of(self.trainer)
+        """The processes that train together; without a trainer, as in a memory plan, there is this one alone."""
+        return ALONE if self._trainer is None else Ranks.of(self.trainer)
 
     @property
     def origin(self) -> dict[str, Any]:
