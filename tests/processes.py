@@ -40,6 +40,7 @@ from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.importance import ExactFisher, RunningFisher
 from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import Interval, Joint, MaxGap, Rounds
+from hbat_lightning.values import AdapterValue
 from tests.support import DoublePolicy, MemoryLogger
 
 WORLD = 2
@@ -88,7 +89,13 @@ def fails_on_rank_1(prompt: str, completion: str) -> float:
 def ppo(reward: Callable[[str, str], float] = preference_reward, **settings: Any) -> PPOModule:
     sampling = GenerationSettings(max_new_tokens=8, temperature=1.0)
     return PPOModule(
-        FunctionReward(reward), LORA, sampling=sampling, rollout_windows=2, passes=2, whiten_rewards=True, **settings
+        FunctionReward(reward),
+        AdapterValue(LORA),
+        sampling=sampling,
+        rollout_windows=2,
+        passes=2,
+        whiten_rewards=True,
+        **settings,
     )
 
 
