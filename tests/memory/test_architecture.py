@@ -67,9 +67,10 @@ def test_bytes_of_a_base_that_is_quantised_in_its_files(quantization: Any, tmp_p
     spec = BaseSpec(str(tmp_path / "4"), quantization)
     model = load_model(spec, torch.device("cpu"))
     tracker = AllocationTracker()
-    build_base(spec, load_config(spec), valueless(), tracker)
+    base = build_base(spec, load_config(spec), valueless(), tracker)
     planned = tracker.live[Category.BASE] + tracker.live[Category.CONSTANTS]
     assert planned == pytest.approx(held(quantised_tensors(model)), abs=80 * 16)
+    assert {n: p.dtype for n, p in base.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
 
 
 def test_another_kind_of_quantised_base_is_refused(tmp_path: Path) -> None:
