@@ -20,15 +20,13 @@ from hbat_lightning.stop_signals import StopSignals
 from hbat_lightning.stream import MicroBatch
 from hbat_lightning.trainer_checks import is_dry_run
 
-KEPT = 2
-"""Checkpoints on the disk: the newest, and the one before, should the newest be damaged."""
-
 
 class WindowCheckpoint(ModelCheckpoint):
     """Saves after every validation (so at every switch), and every few optimizer steps in between.
 
     Only where nothing is in flight: never inside an accumulation window, whose gradients no file holds, and never
-    between the last step of a phase and its validation, which a resumed run would skip. The two newest files are kept.
+    between the last step of a phase and its validation, which a resumed run would skip. The newest file is kept, and the
+    one before, should the newest be damaged.
 
     SIGTERM, as a job scheduler sends it, and Ctrl-C stop the run at the next such place: the window in hand is finished, a
     validation that is due or under way too, and a checkpoint is saved. During the sanity check, before anything is
@@ -53,6 +51,7 @@ class WindowCheckpoint(ModelCheckpoint):
         )
         self.every_n_train_steps = every_n_train_steps
         self._signals = StopSignals()
+        self._written: list[Path] = []
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
@@ -73,9 +72,7 @@ class WindowCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals, where there was no sanity check."""
         super().on_train_start(trainer, pl_module)
-        # What a resumed run has come from is saved.
-        self._last_global_step_saved = trainer.global_step
-        self.best_model_path = str(trainer.ckpt_path or "")
+        self._take_stock(trainer)
         self._signals.listen()
         self._stop_if_asked(trainer)
 
@@ -141,13 +138,27 @@ class WindowCheckpoint(ModelCheckpoint):
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
+    def _take_stock(self, trainer: Trainer) -> None:
+        """What a resumed run has come from is saved; whatever lies beside it in the same folder is this run's too."""
+        self._last_global_step_saved = trainer.global_step
+        self.best_model_path = came_from = str(trainer.ckpt_path or "")
+        folder = Path(str(self.dirpath)).resolve()
+        own = bool(came_from) and Path(came_from).resolve().parent == folder
+        self._written = newest_first(folder) if own else []
+        if trainer.is_global_zero and not is_dry_run(trainer):
+            for path in folder.glob(f".step=*{PARTIAL}"):  # a process was killed as it wrote
+                path.unlink(missing_ok=True)
+
     def _save_now(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):
             return
-        candidates = self._monitor_candidates(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.sync()
+        before, candidates = self.best_model_path, self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
-        self._tidy()
+        self._tidy(before)
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
@@ -160,12 +171,13 @@ class WindowCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     @rank_zero_only
-    def _tidy(self) -> None:
-        """Remove what is older than the newest two, and what a killed process has begun to write."""
-        folder = Path(str(self.dirpath))
-        stale = [path for path in newest_first(folder) if str(path) != self.best_model_path][KEPT - 1 :]
-        for path in [*stale, *folder.glob(f".*{PARTIAL}")]:
+    def _tidy(self, before: str) -> None:
+        """Remove this run's older checkpoints, and one that was damaged: not the newest, nor the one before it."""
+        keep = {Path(path).resolve() for path in (self.best_model_path, before) if path}
+        self._written = [*self._written, Path(self.best_model_path).resolve()]
+        for path in set(self._written) - keep:
             path.unlink(missing_ok=True)
+        self._written = [path for path in self._written if path in keep]
 
 
 def _log_ahead(trainer: Trainer) -> None:

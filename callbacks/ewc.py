@@ -99,7 +99,9 @@ class ElasticWeightConsolidation(ImportanceCallback):
         trained = module.policy.trained_parameters()
         gradients = self.observe(trained)
         if not self._factors:
-            return {"penalty": torch.zeros(()), "pull_norm": torch.zeros(())}
+            # The same figures as with a pull: Lightning would go on telling those of an earlier phase.
+            norm = _norm(list(gradients.values()))
+            return {"penalty": torch.zeros(()), "pull_norm": torch.zeros(()), "task_gradient_norm": norm}
         return self._pull(trained, gradients, self.anchors(module))
 
     def _pull(

@@ -119,7 +119,7 @@ class SwitchReport(PhaseCallback):
         }
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_text(path, json.dumps(row) + "\n")
+        append_text(path, json.dumps(row) + "\n", sync=True)
         changes = {f"switch/{name.removeprefix('val/')}": value for name, value in row["change"].items()}
         for logger in trainer.loggers:
             logger.log_metrics(changes, step=trainer.global_step - 1)

@@ -43,8 +43,13 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def append_text(path: Path, text: str) -> None:
+def append_text(path: Path, text: str, sync: bool = False) -> None:
     """Add to a text file; where there is no room, it is left as it was.
+
+    Args:
+        path: The file.
+        text: What is added.
+        sync: Whether it must be on the disk, should the power fail.
 
     Raises:
         OSError: It cannot be written.
@@ -54,6 +59,8 @@ def append_text(path: Path, text: str) -> None:
         try:
             file.write(text.encode())
             file.flush()
+            if sync:
+                os.fsync(file.fileno())
         except OSError:
             # Closing would try again to write what is still in the buffer, so the file is cut off behind it.
             with contextlib.suppress(OSError):
@@ -65,6 +72,12 @@ def append_text(path: Path, text: str) -> None:
 def whole_lines(path: Path) -> list[str]:
     """Lines of a text file, without their ends; a last one that was torn as it was written is left out."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def sync_file(path: Path) -> None:
+    """See to it that what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from hbat_lightning.files import append_text, replace_text, whole_lines
+from hbat_lightning.files import append_text, replace_text, sync_file, whole_lines
 
 Row = dict[str, Any]
 
@@ -92,6 +92,13 @@ class MetricsLogger(CSVLogger):
         ahead, self._ahead = self._ahead, None
         if ahead is None or (step, frozenset(metrics)) != ahead:
             super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """See to it that all rows are on the disk: a checkpoint that is there goes on behind them."""
+        path = Path(self.save_dir) / self._filename
+        if path.exists():
+            sync_file(path)
 
     @rank_zero_only
     def forget_from(self, step: int) -> None:

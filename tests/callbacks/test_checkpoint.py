@@ -111,3 +111,24 @@ def test_without_held_out_rows_it_saves_at_the_end_of_rounds(make_hybrid: Any, f
         rest = fit(make_hybrid(schedule=Interval(3, 3, 2)), data=data(), ckpt_path=path)
         assert rest.trainer.global_step == 15
         assert same_bits(whole.weights, rest.weights)
+
+
+def test_the_newest_good_files_are_kept_and_nothing_of_others_is_removed(
+    make_hybrid: Any, fit: Any, tmp_path: Path
+) -> None:
+    """A run of its own leaves what it finds; one that goes on removes a damaged file, and keeps what it came from."""
+
+    def run(**settings: Any) -> list[str]:
+        module = make_hybrid(schedule=Interval(1, 6, 2))
+        fit(module, WindowCheckpoint(1, str(tmp_path)), enable_checkpointing=True, **settings)
+        return sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink())
+
+    (tmp_path / "step=99.ckpt").write_text("of another run")
+    assert run(max_steps=4) == ["step=3.ckpt", "step=4.ckpt", "step=99.ckpt"]
+    (tmp_path / "step=99.ckpt").rename(tmp_path / "other.ckpt")
+    (tmp_path / "step=4.ckpt").write_text("damaged")
+    (tmp_path / ".step=4.ckpt.partial").write_text("what a killed process leaves")
+    shutil.copy(tmp_path / "step=3.ckpt", tmp_path / "step=2.ckpt")
+    assert run(max_steps=5, ckpt_path=tmp_path / "step=3.ckpt") == ["other.ckpt", "step=4.ckpt", "step=5.ckpt"]
+    (tmp_path / "step=5.ckpt").rename(tmp_path / "step=6.ckpt")  # as if it were of a later step, and damaged
+    assert run(max_steps=5, ckpt_path=tmp_path / "step=4.ckpt") == ["other.ckpt", "step=4.ckpt", "step=5.ckpt"]

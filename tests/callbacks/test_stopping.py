@@ -24,7 +24,7 @@ class Sender(Callback):
         self.number, self.hook, self.left, self.times = number, hook, count, times
 
     def _reach(self, hook: str, trainer: Any) -> None:
-        if hook != self.hook + (", sanity check" if trainer.sanity_checking else ""):
+        if self.hook != hook + (", sanity check" if trainer.sanity_checking else ""):
             return
         self.left -= 1
         if self.left == 0:
