@@ -84,8 +84,9 @@ class RolloutModule(ObjectiveModule):
             )
         if dynamic_sampling is not None:
             dynamic_sampling.require(samples)
-            self.figures = (*self.figures, "capability")
         super().__init__(**settings)
+        if dynamic_sampling is not None:
+            self.figures = (*self.figures, "capability")
         self.dynamic_sampling = dynamic_sampling
         self.reward, self.sampling, self.samples = reward, sampling, samples
         self.missing_stop_penalty = missing_stop_penalty
