@@ -17,6 +17,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import statistics
 from datetime import date
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(name: str, seed: int, folder: Path) -> dict[str, float]:
         "greedy after": switch["after"]["val/preference/reward"],
         "sampled, first tenth": statistics.mean(sampled[:tenth]),
         "sampled, last tenth": statistics.mean(sampled[-tenth:]),
-        "KL": statistics.mean(float(row.get("train/preference/kl", "nan")) for row in rows[-tenth:]),
+        "KL": statistics.mean(float(row.get("train/preference/kl") or "nan") for row in rows[-tenth:]),
         "steps": float(len(rows)),
     }
 
@@ -95,15 +96,17 @@ def main() -> None:
         if not lines:
             lines = [f"| objective | {' | '.join(found[0])} |", f"|{' --- |' * (1 + len(found[0]))}"]
         cells = [[one[key] for one in found] for key in found[0]]
-        spread = [
-            f"{statistics.mean(cell):.3f} ± {statistics.stdev(cell) if len(cell) > 1 else 0:.3f}" for cell in cells
-        ]
-        lines.append(f"| {name} | {' | '.join(spread)} |")
+        lines.append(f"| {name} | {' | '.join(map(_spread, cells))} |")
         print(lines[-1], flush=True)
-    told = (
-        f"`python benchmarks/rewards.py`, {args.seeds} seeds, {date.today()}; mean ± standard deviation over seeds.\n"
-    )
-    args.table.write_text(told + "\n" + "\n".join(lines) + "\n")
+        told = f"`python benchmarks/rewards.py`, {args.seeds} seeds, CPU, {date.today()}; mean ± standard deviation over seeds."
+        why = "A window of the warm-up has as many rows as one of prompts, so objectives with several samples begin elsewhere."
+        args.table.write_text(f"{told}\n{why}\n\n" + "\n".join(lines) + "\n")
+
+
+def _spread(cell: list[float]) -> str:
+    if any(math.isnan(value) for value in cell):
+        return "–"  # RAFT has no reference
+    return f"{statistics.mean(cell):.3f} ± {statistics.stdev(cell) if len(cell) > 1 else 0:.3f}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,11 +80,15 @@ class RLOOModule(PolicyGradientModule):
         for group in groups:
             _spread(group, leave_one_out_advantages(_penalised(self, group)))
 
+    def actions(self, inputs: dict[str, Tensor], log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole completions."""
+        row, first = _completions(inputs)
+        return _row_sums(log_probs, row, len(first)), _row_sums(inputs["old_log_probs"], row, len(first))
+
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:
         """See :meth:`PolicyGradientModule.losses`."""
-        row, first = _completions(inputs)
-        new, old = (_row_sums(values, row, len(first)) for values in (log_probs, inputs["old_log_probs"]))
-        losses = clipped_policy_loss(new, old, inputs["advantages"][first], self.clip)
+        _, first = _completions(inputs)
+        losses = clipped_policy_loss(*self.actions(inputs, log_probs), inputs["advantages"][first], self.clip)
         return {"loss": (losses.sum(), torch.tensor(len(losses), device=losses.device))}
 
 
@@ -100,6 +104,7 @@ class GRPOModule(PolicyGradientModule):
         samples: Completions of each prompt, at least 2.
         scale_rewards: Divide by the group's deviation; ``false`` is Dr. GRPO (Liu et al. 2025).
         kl_coefficient: Weight of the divergence in the loss.
+        kl_estimator: ``k3``; with its gradient no other estimator is one of the divergence.
         settings: See :class:`PolicyGradientModule`.
     """
 
@@ -109,9 +114,12 @@ class GRPOModule(PolicyGradientModule):
         samples: int = 8,
         scale_rewards: bool = True,
         kl_coefficient: float = 0.04,
+        kl_estimator: Literal["k1", "k3"] = "k3",
         **settings: Any,
     ) -> None:
-        super().__init__(reward, samples=samples, kl_coefficient=kl_coefficient, **settings)
+        if kl_estimator != "k3":
+            raise ValueError(f"kl_estimator must be k3, got {kl_estimator}: GRPO has the divergence in its loss")
+        super().__init__(reward, samples=samples, kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, **settings)
         _require_groups(self)
         self.scale_rewards = scale_rewards
 

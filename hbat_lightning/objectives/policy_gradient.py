@@ -24,9 +24,9 @@ class PolicyGradientModule(RolloutModule):
     """Base of the objectives whose loss weighs the ratio of new to old probability with an advantage.
 
     Logged are, besides what :class:`RolloutModule` and a loss log, the mean over completions of the ``kl`` to the reference
-    (k1, summed over tokens); over tokens ``ratio``, new to old probability, and ``clipped``, the share whose ratio is beyond
-    the clip; and ``truncation``, how many nats per token the log-probabilities of what was really sampled from are above the
-    policy's: 0 without top-k and top-p.
+    (k1, summed over tokens); over actions (tokens, with RLOO completions) ``ratio``, new to old probability, and ``clipped``,
+    the share whose ratio is beyond the clip; and over tokens ``truncation``, how many nats the log-probabilities of what was
+    really sampled from are above the policy's: 0 without top-k and top-p.
 
     Args:
         reward: Scores completions.
@@ -141,11 +141,16 @@ class PolicyGradientModule(RolloutModule):
         """See :meth:`ObjectiveModule.loss`."""
         log_probs = policy.score(inputs, temperature=self.sampling.temperature).log_probs
         losses = self.losses(policy, inputs, log_probs)
-        ratio = torch.exp(log_probs.detach() - inputs["old_log_probs"])
+        new, old = self.actions(inputs, log_probs.detach())
+        ratio = torch.exp(new - old)
         outside = (ratio - 1).abs() > self.clip
-        tokens = torch.tensor(len(log_probs), device=log_probs.device)
-        per_token = {"ratio": ratio, "clipped": outside.float(), "truncation": inputs["truncation"]}
-        return losses | {name: (value.sum(), tokens) for name, value in per_token.items()} | self.figure_sums(inputs)
+        means = {"ratio": ratio, "clipped": outside.float(), "truncation": inputs["truncation"]}
+        counted = {name: (value.sum(), torch.tensor(len(value), device=value.device)) for name, value in means.items()}
+        return losses | counted | self.figure_sums(inputs)
+
+    def actions(self, inputs: dict[str, Tensor], log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """New and old log-probabilities of what the loss takes for one action each: tokens."""
+        return log_probs, inputs["old_log_probs"]
 
     @abstractmethod
     def losses(self, policy: Policy, inputs: dict[str, Tensor], log_probs: Tensor) -> Sums:

@@ -39,6 +39,10 @@ class RAFTModule(RolloutModule):
         if samples < 2:
             raise ValueError(f"samples must be at least 2, got {samples}: the best of one completion is any completion")
         super().__init__(reward, samples=samples, **settings)
+        if self.dynamic_sampling is not None and self.dynamic_sampling.minimum < 2:
+            raise ValueError(
+                "dynamic_sampling.minimum must be at least 2: the best of one completion is any completion"
+            )
 
     def describe(self) -> str:
         """See :meth:`ObjectiveModule.describe`."""
