@@ -197,11 +197,12 @@ def test_log_probs_and_losses_are_the_written_formulas(kind: Any, make_policy: A
     advantages = [inputs["advantages"][place] for _, _, place in completions]
     reference = [inputs["reference_log_probs"][place] for _, _, place in completions]
     if kind is RLOOModule:
-        terms = []
+        terms, ratios = [], []
         for one, other, advantage in zip(new, old, advantages, strict=True):
             ratio = (one.sum() - other.sum()).exp()
+            ratios.append(ratio)
             terms.append(torch.maximum(-advantage[0] * ratio, -advantage[0] * ratio.clamp(0.8, 1.2)))
-        truth = torch.stack(terms).mean()
+        truth, ratio = torch.stack(terms).mean(), torch.stack(ratios)
     else:
         one, other, advantage = torch.cat(new), torch.cat(old), torch.cat(advantages)
         ratio = (one - other).exp()
@@ -212,6 +213,11 @@ def test_log_probs_and_losses_are_the_written_formulas(kind: Any, make_policy: A
     if kind is PPOModule:
         truth = truth + 0.1 * value_loss_by_hand(objective, policy, inputs)
     sums = objective.loss(policy, inputs)
+    figures = {name: float(total / count) for name, (total, count) in sums.items()}
+    assert figures["ratio"] == pytest.approx(
+        float(ratio.mean()), rel=1e-9
+    )  # of what is clipped: tokens, or completions
+    assert figures["clipped"] == pytest.approx(float(((ratio - 1).abs() > 0.2).double().mean()))
     loss = sums["loss"][0] / sums["loss"][1]
     trained = list(policy.trained_parameters().values())
     rounding = 1e-6 if kind is PPOModule else 1e-8  # values are in fp32
@@ -368,6 +374,11 @@ def test_one_epoch_trains_on_every_prompt_as_often_as_it_has_passes(make_policy:
 def test_settings_that_cannot_work_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(REINFORCEModule, **settings)
+
+
+def test_grpo_has_one_divergence() -> None:
+    with pytest.raises(ValueError, match="kl_estimator must be k3, got k1"):
+        make(GRPOModule, kl_estimator="k1")
 
 
 def test_a_group_of_one_is_refused() -> None:
