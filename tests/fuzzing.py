@@ -53,6 +53,7 @@ pieces = st.one_of(
 )
 
 
+@cache  # hypothesis looks at a strategy anew wherever it is made anew
 def texts(most: int = 6) -> st.SearchStrategy[str]:
     """Text with something besides blanks in it, as the readers let through."""
     drawn = st.lists(pieces, min_size=1, max_size=most).map("".join)
@@ -60,17 +61,22 @@ def texts(most: int = 6) -> st.SearchStrategy[str]:
     return st.one_of(*[drawn] * 24, huge).filter(lambda text: bool(text.strip()))
 
 
+_yes_or_no, _few = st.booleans(), st.integers(1, 3)
+
+
 @st.composite
-def conversations(draw: st.DrawFn) -> list[Message]:
+def _conversations(draw: st.DrawFn) -> list[Message]:
     """Turns that the layouts let through: perhaps a system message, a user, and answers in between, a user last."""
-    messages = [Message("system", draw(texts()))] if draw(st.booleans()) else []
-    for turn in range(draw(st.integers(1, 3))):
+    messages = [Message("system", draw(texts()))] if draw(_yes_or_no) else []
+    for turn in range(draw(_few)):
         if turn:
             messages.append(Message("assistant", draw(texts())))
-        context = draw(st.one_of(st.just(""), st.just(""), texts()))
+        context = draw(texts()) if draw(_few) == 1 else ""
         messages.append(Message("user", draw(texts()), context))
     return messages
 
+
+conversations = _conversations()
 
 # ---- templates, written a second time ---------------------------------------------------------------------------------
 

@@ -145,6 +145,17 @@ def test_hooks_run_the_pinned_formatter() -> None:
     assert f"ruff-pre-commit\n    rev: v{pins()['ruff']}\n" in hooks
 
 
+def test_security_names_files_that_exist_and_versions_that_are_pinned() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    named = re.findall(r"`((?:tests|benchmarks)/[\w/]*\.\w+)`", text)
+    assert len(named) >= 4
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    rows = re.findall(r"^\| .*code execution.* \| (\w+) .*pinned ([\d.]+) \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == {"lightning", "torch", "pyarrow"}
+    assert all(pins()[name] == version for name, version in rows)
+    assert "weights_only=True" in text
+
+
 def test_the_readme_has_no_figure_left_to_fill_in() -> None:
     readme = (ROOT / "README.md").read_text()
     assert not re.findall(r"\b(?:TIME|DEMO)_[A-Z]+\b|^[A-Z]+_[A-Z_]+$", readme, re.MULTILINE)

@@ -97,7 +97,7 @@ class Oracle:
 @st.composite
 def cases(draw: st.DrawFn, made: Kind) -> tuple[Oracle, list[Message]]:
     choice = draw(st.sampled_from([*made.chats, *made.chats, *TEXT_TEMPLATES]))
-    return Oracle(made, choice, draw(st.sampled_from(["all", "last"]))), draw(conversations())
+    return Oracle(made, choice, draw(st.sampled_from(["all", "last"]))), draw(conversations)
 
 
 def check_prompt(oracle: Oracle, messages: Sequence[Message], ids: Sequence[int]) -> None:

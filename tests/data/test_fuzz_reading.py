@@ -140,7 +140,7 @@ def check_line(error: UserError, path: str) -> None:
     assert isinstance(error, DataError)
     assert line.startswith(path)
     assert line.isprintable()
-    assert len(line) < 1500
+    assert len(error.message) < 1000  # what stands in the data is cut; the remedy is ours
 
 
 def read(path: str) -> list[RawRow] | None:

@@ -167,7 +167,7 @@ def test_the_audit_of_prompts_looks_at_no_answers(prompts: str, make_policy: Any
     assert part.over_length == sum(one + 5 > 25 for one in lengths) == part.dropped > 0
     assert (part.answers, part.ending_in_stop, part.unsupervised) == (0, None, 0)
     (example,) = findings.sources[0].examples
-    assert example.ids == encoder.encode_prompt(rows[0].prompt)
+    assert example.ids == encoder.encode_prompt(next(iter(rows)).prompt)
     assert not any("stop token" in line or "no token to learn" in line for line in findings.warnings)
 
 
