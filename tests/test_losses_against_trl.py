@@ -138,7 +138,8 @@ def test_kto(base_folder: str, adapter: str, tmp_path: Path) -> None:
     means = require_same(objective, policy, ours, loss, gradients_of(loss, trainer.model))
     metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
     assert metrics["kl"] > 1e-3
-    assert means["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
+    # A difference of sums of some forty nats each, in fp32: on another processor it rounds otherwise.
+    assert means["kl"] == pytest.approx(metrics["kl"], abs=3e-5)
     assert means["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
     assert means["rejected_reward"] == pytest.approx(metrics["rewards/rejected"], rel=1e-4)
 

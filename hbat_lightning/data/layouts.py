@@ -42,7 +42,10 @@ Row = TypeVar("Row", InstructionRow, PreferenceRow, FeedbackRow, PromptRow, Text
 
 _VERDICT_COLUMNS = ("label", "kto_tag")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
-_ANSWER_COLUMNS = ("output", "completion", "summary", "chosen", "rejected", "label", "kto_tag", "output_1", "output_2")
+_ANSWER_COLUMNS = (
+    *("output", "completion", "summary", "answer", "response", "label", "kto_tag"),
+    *("chosen", "rejected", "output_1", "output_2"),
+)
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
