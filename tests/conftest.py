@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from hbat_lightning import (
 from hbat_lightning.data import embedded
 from hbat_lightning.schedules import Rounds
 from tests.support import DoublePolicy, MemoryLogger, Run, shake
+
+# A shell begins a job in the background with Ctrl-C ignored, and Python then leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
