@@ -17,6 +17,7 @@ from hbat_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 ROWS = 64
 INSTRUCTIONS = "alpaca_en_demo.json"
+FP32 = ("--model.init_args.policy.init_args.dtype", "float32")  # bf16 takes minutes on processors without units for it
 PAIRS = {"hh": "hh_rlhf_harmless_base_test.jsonl.gz", "sharegpt": "dpo_en_demo.json"}
 
 
@@ -77,7 +78,7 @@ def column(rows: list[dict[str, str]], name: str, phase: int) -> list[float]:
     ("pairs", "quantization"), [("hh", "none"), ("hh", "nf4"), ("sharegpt", "none"), ("sharegpt", "nf4")]
 )
 def test_two_rounds(pairs: str, quantization: str, small_llama: str, real_data: Path, tmp_path: Path) -> None:
-    more = ("--config", str(ROOT / "configs" / "policy" / "qlora.yaml")) if quantization == "nf4" else ()
+    more = () if quantization == "none" else ("--config", str(ROOT / "configs" / "policy" / "qlora.yaml"), *FP32)
     max_length = 384 if pairs == "hh" else 768  # the answers of the ShareGPT pairs are long
     rows = fit(tmp_path, small_llama, real_data / INSTRUCTIONS, real_data / PAIRS[pairs], max_length, *more)
     for phase in (1, 3):
@@ -111,7 +112,7 @@ def run(config: str, folder: Path, settings: dict[str, object]) -> list[dict[str
     }
     arguments = [part for key, value in (common | settings).items() for part in (f"--{key}", str(value))]
     layers = (config, "policy/qlora.yaml")
-    main(["fit", *(part for name in layers for part in ("--config", str(ROOT / "configs" / name))), *arguments])
+    main(["fit", *(part for name in layers for part in ("--config", str(ROOT / "configs" / name))), *arguments, *FP32])
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
