@@ -164,7 +164,7 @@ def test_a_run_goes_on_bit_identical_from_inside_a_cycle(
             batch_size=2,
         )
         policy = make_policy(lora=LoraSettings(r=4, alpha=8, dropout=0.1))
-        module = make_hybrid(policy, preference=make(kind, EntropyCapability()), schedule=Interval(2, 2, 6))
+        module = make_hybrid(policy, preference=make(kind, EntropyCapability(), 2), schedule=Interval(2, 2, 6))
         checkpoint = WindowCheckpoint(1, str(tmp_path / folder))
         settings = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "ckpt_path": ckpt_path} | trainer
         done: Run = fit(module, checkpoint, data=data, **settings)
@@ -184,7 +184,7 @@ def test_a_window_s_gradient_does_not_depend_on_its_split(kind: Any, make_policy
     """Needs are compared over the cycle, not within a micro-batch. The completions are those of a script."""
     found = []
     for batch_size, accumulate in ((8, 1), (3, 3), (1, 8)):
-        module = make(kind, RewardCapability(), policy=make_policy(double=True))
+        module = make(kind, RewardCapability(), 2, policy=make_policy(double=True))
         scripted(module.policy)
         recorder = Recorder()
         data = HybridDataModule(
