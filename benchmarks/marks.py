@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
 from hbat_lightning.cli import HbatCLI
+from hbat_lightning.objectives.rollout import RolloutModule
 
 
 class Marks(Callback):
@@ -24,13 +26,16 @@ class Marks(Callback):
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Weights come next. Rollouts are asked for outside of any hook."""
         self.mark("loading")
-        roll_out = module._roll_out
+        for name, objective in module.objectives.items():
+            if isinstance(objective, RolloutModule):
+                objective.roll_out = self._marked(f"{name}: rollouts", objective.roll_out)
 
-        def marked(objective: str, *args: Any) -> Any:
-            self.mark(f"{objective}: rollouts")
-            return roll_out(objective, *args)
+    def _marked(self, moment: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: Any) -> Any:
+            self.mark(moment)
+            return answer(*args)
 
-        module._roll_out = marked
+        return marked
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """See the base class, as for what follows."""

@@ -17,8 +17,8 @@ from hbat_lightning.files import PARTIAL
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import newest_first
 from hbat_lightning.stop_signals import StopSignals
-from hbat_lightning.stream import MicroBatch
 from hbat_lightning.trainer_checks import is_dry_run
+from hbat_lightning.training_data import MicroBatch
 
 
 class WindowCheckpoint(ModelCheckpoint):

@@ -11,10 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.between_steps import row_gradients
 from hbat_lightning.errors import UserError
 from hbat_lightning.importance import DriftImportance, Importance, Tensors
-from hbat_lightning.stream import MicroBatch
 from hbat_lightning.switches import PhaseCallback, PhaseKey
+from hbat_lightning.training_data import MicroBatch
 
 
 class ImportanceCallback(PhaseCallback):
@@ -77,7 +78,7 @@ class ImportanceCallback(PhaseCallback):
         """Add up what the ended phase did, and weigh what the beginning one must hold."""
         gradients: Iterator[dict[str, Tensor]] = iter(())
         if ended is not None and self.importance.samples:
-            gradients = module.row_gradients(ended, self.importance.samples)
+            gradients = row_gradients(module, ended, self.importance.samples)
         self.weigh(module, None if ended is None else ended.objective, begun.objective, gradients)
 
     def on_train_batch_start(

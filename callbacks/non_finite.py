@@ -18,8 +18,8 @@ from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import RowPlaces
 from hbat_lightning.errors import UserError
 from hbat_lightning.privacy import without_keys
-from hbat_lightning.stream import MicroBatch
 from hbat_lightning.trainer_checks import is_dry_run, scaler_of
+from hbat_lightning.training_data import MicroBatch
 
 FILE = "nonfinite.jsonl"
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from hbat_lightning.alignment import AlignmentModule
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 
 
 class PhaseProgressBar(TQDMProgressBar):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hbat_lightning.ranks import Ranks
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 
 
 class ResourceMonitor(Callback):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,29 +19,30 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from hbat_lightning.between_steps import measure_progress, roll_out
 from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
 from hbat_lightning.data.module import HybridDataModule, pad_id
-from hbat_lightning.data.rollouts import Prompts, RollOut, Rollout, RolloutSet, SharedWork
+from hbat_lightning.data.rollouts import RolloutSet
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
-from hbat_lightning.generation import GenerationSettings
+from hbat_lightning.generation import GenerationSettings, completion_rows
 from hbat_lightning.lr import Cosine, LRSchedule
 from hbat_lightning.metrics.text import CompletionMetrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimization import ParameterGroup, configure, put_in_force
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
-from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
 from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.run_record import go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
-from hbat_lightning.stream import MicroBatch, stable_seed
-from hbat_lightning.sums import Totals, WindowTotals, pool, pooled_means
+from hbat_lightning.stream import stable_seed
+from hbat_lightning.sums import Totals, WindowTotals, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
 from hbat_lightning.trainer_checks import check_trainer, next_validation, scaler_of
+from hbat_lightning.training_data import MicroBatch
 
 OptimizerState = Literal["reset", "shared", "per_objective"]
 
@@ -114,10 +115,11 @@ class AlignmentModule(LightningModule):
     @property
     def plan(self) -> Plan:
         """The phases of the run."""
-        return self._data.stream.plan
+        return self.data.stream.plan
 
     @property
-    def _data(self) -> HybridDataModule:
+    def data(self) -> HybridDataModule:
+        """The run's data."""
         data = cast(Any, self.trainer).datamodule
         if not isinstance(data, HybridDataModule):
             raise UserError("training needs a HybridDataModule: trainer.fit(module, datamodule=HybridDataModule(...))")
@@ -131,13 +133,13 @@ class AlignmentModule(LightningModule):
     @property
     def origin(self) -> dict[str, Any]:
         """What the trained weights come from, in plain types: the policy's base, the data and the seed."""
-        return {"policy": self.policy.identity(), "data": self._data.fingerprint(), "seed": self.run_seed}
+        return {"policy": self.policy.identity(), "data": self.data.fingerprint(), "seed": self.run_seed}
 
     @property
     def record(self) -> dict[str, Any]:
         """What the run is made of; see :mod:`~hbat_lightning.run_record`."""
         if self._record is None:
-            self._record = record_run(self, self._data)
+            self._record = record_run(self, self.data)
         return self._record
 
     def keep_phase_start(self) -> None:
@@ -167,14 +169,14 @@ class AlignmentModule(LightningModule):
             self._window = WindowTotals()
             self._optimizer_states.load_state_dict({})
             check_trainer(self.trainer, self.plan)
-            for what, value in self._data.stream.fingerprint().items():
+            for what, value in self.data.stream.fingerprint().items():
                 self.ranks.require_equal(what, value)
             self.ranks.require_equal("the checkpoint to go on from", self.trainer.ckpt_path)
-            self._data.stream.measure_with(self._measure_progress)
-            for name, rows in self._data.train_sets.items():
+            self.data.stream.measure_with(partial(measure_progress, self))
+            for name, rows in self.data.train_sets.items():
                 if isinstance(rows, RolloutSet):
-                    rows.answer_with(partial(self._roll_out, name, rows.roll_out))
-            for note in self._data.notes:
+                    rows.answer_with(partial(roll_out, self, name, rows.roll_out))
+            for note in self.data.notes:
                 rank_zero_info(note)
 
     def configure_model(self) -> None:
@@ -214,7 +216,7 @@ class AlignmentModule(LightningModule):
 
         self.policy.to(device)
         self.policy.eval()
-        for loader in self._data.val_dataloader():
+        for loader in self.data.val_dataloader():
             if self._prepared.get(loader.objective) == loader.digest:
                 continue
             batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader if batch.inputs)
@@ -246,10 +248,15 @@ class AlignmentModule(LightningModule):
         self._phase = phase
         self.policy.take_snapshot()
 
-    def _train_mode(self, objective: str) -> None:
-        """Dropout as an objective wants it."""
+    def train_mode(self, objective: str) -> None:
+        """Dropout as an objective wants it in training."""
         self.policy.set_training(self.objectives[objective].dropout)
         self._mode = objective
+
+    def without_dropout(self) -> None:
+        """Layers as in training, but for dropout; the next micro-batch sets it anew."""
+        self.policy.set_training(dropout=False)
+        self._mode = None
 
     def on_train_start(self) -> None:
         """In a resumed run put settings of the optimizer in force, and drop logged rows of steps that it will do again."""
@@ -268,7 +275,7 @@ class AlignmentModule(LightningModule):
         self._step_left_out = False
         self.begin_phase(PhaseKey(batch.phase, self.plan.objective_of(batch.phase)))
         if batch.objective != self._mode:
-            self._train_mode(batch.objective)
+            self.train_mode(batch.objective)
         # The step that loggers are told. A checkpoint taken at a validation inside an epoch holds one too few.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         next_validation(self.trainer, self.plan, batch_idx)
@@ -309,67 +316,6 @@ class AlignmentModule(LightningModule):
         for metric in (cast(Any, self.trainer)._results or {}).values():
             if metric.meta.name.startswith(beginnings):
                 metric.reset()
-
-    @torch.no_grad()
-    def _roll_out(
-        self, objective: str, roll_out: RollOut, phase: PhaseKey, prompts: Prompts, seed: int
-    ) -> list[list[list[Rollout]]]:
-        """Have an objective answer prompts; see :data:`~hbat_lightning.data.rollouts.Sampler`.
-
-        The stream asks outside of any hook, and for a phase's first rollouts before its first batch is announced: so the
-        phase begins here, and with it the reference.
-        """
-        self.begin_phase(phase)
-        self.policy.eval()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            rollouts = roll_out(self.policy, prompts, self.device, SharedWork(self.ranks, seed))
-        self._train_mode(objective)
-        return rollouts
-
-    @torch.no_grad()
-    def _measure_progress(self, phase: PhaseKey, batches: Sequence[MicroBatch]) -> Progress:
-        """What a window shows, without dropout; see :data:`~hbat_lightning.stream.Measure`.
-
-        Asked for between training steps, at the start of a phase before its first batch is announced.
-        """
-        self.begin_phase(phase)
-        self.policy.set_training(dropout=False)
-        self._mode = None
-        totals, objective = Totals(), self.objectives[batches[0].objective]
-        for batch in batches:
-            inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
-            with self.trainer.precision_plugin.forward_context():
-                totals.add(objective.loss(self.policy, inputs))
-        pool([totals], self.ranks, self.device)
-        return objective.progress(totals.means())
-
-    def row_gradients(self, phase: PhaseKey, count: int) -> Iterator[dict[str, Tensor]]:
-        """Gradients of single training rows of a phase's shard, at the current parameters, without dropout.
-
-        Args:
-            phase: The phase whose shard is asked.
-            count: How many rows; fewer where the shard has fewer, or of prompts fewer have rollouts at hand.
-
-        Yields:
-            Gradient of the row's summed loss (of its negative log-likelihood, or of its pair's loss) by parameter name;
-            ``.grad`` is left alone.
-        """
-        stream, objective = self._data.stream, phase.objective
-        shard = next(part.shard for part in self.plan.phases if part.index == phase.number)
-        trained = self.policy.trained_parameters()
-        self.policy.set_training(dropout=False)
-        data, rows = stream.data[objective], stream.shards[objective][shard]
-        if isinstance(data, RolloutSet):
-            rows = tuple(row for row in rows if row in data.at_hand)
-        for row in rows[:count]:
-            batch = MicroBatch(data.collate([row]), objective)
-            inputs = self.transfer_batch_to_device(batch, self.device, 0).inputs
-            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-                loss = self.objectives[objective].loss(self.policy, inputs)["loss"][0]
-            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            yield {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
-        self._train_mode(objective)
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
@@ -414,22 +360,13 @@ class AlignmentModule(LightningModule):
         return [row for rows in self.ranks.gather(own) for row in rows]
 
     def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of a batch of prompts, as plain rows."""
+        """Completions of a batch of prompts, as plain rows; see :func:`~hbat_lightning.generation.completion_rows`."""
         tokenizer = self.policy.tokenizer
-        stop = self._data.encoder(self._data.prompt_source, tokenizer).stop_token_id
-        generated = self.policy.generate(
+        stop = self.data.encoder(self.data.prompt_source, tokenizer).stop_token_id
+        completions = self.policy.generate(
             batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
         )
-        return [
-            {
-                "prompt": prompt,
-                "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                "reference": reference.strip(),
-                "tokens": len(ids),
-                "stopped": bool(ids) and ids[-1] == stop,
-            }
-            for prompt, reference, ids in zip(batch.prompts, batch.completions, generated, strict=True)
-        ]
+        return completion_rows(batch, completions, tokenizer, stop)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -456,11 +393,11 @@ class AlignmentModule(LightningModule):
             )
         training = self.trainer.state.fn == TrainerFn.FITTING
         if training:
-            self._gone_on_from = go_on(checkpoint, self, self._data)
+            self._gone_on_from = go_on(checkpoint, self, self.data)
             check_trainer(self.trainer, self.plan)  # it may be laid out anew
         adopt_state(checkpoint, self.policy, training, own_parameters(self))
         if not training:
-            warn_of_other_text(checkpoint, self, self._data)
+            warn_of_other_text(checkpoint, self, self.data)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

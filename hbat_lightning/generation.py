@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from hbat_lightning.data.sets import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,29 @@ def _plain_generation_config(model: nn.Module) -> Iterator[None]:
 
 def _until_stop(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop) + 1] if stop in ids else ids
+
+
+def completion_rows(
+    batch: PromptBatch, completions: Sequence[Sequence[int]], tokenizer: Any, stop_token_id: int
+) -> list[dict[str, Any]]:
+    """Completions of a batch of prompts as plain rows.
+
+    Args:
+        batch: The prompts, with the data's answers.
+        completions: What :func:`generate` gave for them.
+        tokenizer: The policy's.
+        stop_token_id: What ends a completion.
+
+    Returns:
+        Per prompt ``prompt``, ``completion``, ``reference``, the number of ``tokens``, and whether it ``stopped``.
+    """
+    return [
+        {
+            "prompt": prompt,
+            "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "reference": reference.strip(),
+            "tokens": len(ids),
+            "stopped": bool(ids) and ids[-1] == stop_token_id,
+        }
+        for prompt, reference, ids in zip(batch.prompts, batch.completions, completions, strict=True)
+    ]

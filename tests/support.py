@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hbat_lightning import Policy
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 
 Tensors = dict[str, Tensor]
 

@@ -245,7 +245,7 @@ def test_validation_is_a_mean_over_tokens_and_pairs_and_not_over_batches(
     module, sets = run.module, run.data.val_sets
     model = module.policy.model.eval()
     trainer_loss = run.trainer.validate(module, run.data, verbose=False)[0]
-    from hbat_lightning.stream import MicroBatch
+    from hbat_lightning.training_data import MicroBatch
 
     with torch.no_grad():
         window = [MicroBatch(sets["instruction"].collate(range(9)), "instruction")]

@@ -16,7 +16,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.objectives.ppo import PPOModule
 from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Joint, Schedule
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 from hbat_lightning.values import AdapterValue
 from tests.support import (
     Recorder,

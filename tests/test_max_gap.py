@@ -26,7 +26,8 @@ from hbat_lightning.objectives.critic_free import REINFORCEModule
 from hbat_lightning.phases import Part, Progress
 from hbat_lightning.rewards import FunctionReward
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, MaxGap
-from hbat_lightning.stream import MicroBatch, WindowStream
+from hbat_lightning.stream import WindowStream
+from hbat_lightning.training_data import MicroBatch
 from hbat_lightning.values import AdapterValue
 from tests.support import Recorder, Run, instruction_loss, pair_scores, preference_loss, put, same_bits
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from hbat_lightning.errors import DataError, UserError
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE, Interval, Joint, RandomMix, Rounds, Schedule, Single
-from hbat_lightning.stream import MicroBatch, WindowStream, make_shards, permutation, stable_seed
+from hbat_lightning.stream import WindowStream, make_shards, permutation, stable_seed
+from hbat_lightning.training_data import MicroBatch
 
 
 class Rows:

@@ -17,7 +17,7 @@ from hbat_lightning.data.formats import (
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.data.sets import FeedbackSet, InstructionSet, PreferenceSet
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
-from hbat_lightning.stream import TrainingSet
+from hbat_lightning.training_data import TrainingSet
 
 
 @dataclass(frozen=True)

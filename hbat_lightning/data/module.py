@@ -20,7 +20,8 @@ from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError, UserError
 from hbat_lightning.ranks import Ranks
 from hbat_lightning.schedules import INSTRUCTION, PREFERENCE
-from hbat_lightning.stream import TrainingSet, WindowStream, permutation
+from hbat_lightning.stream import WindowStream, permutation
+from hbat_lightning.training_data import TrainingSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,9 @@ from hbat_lightning.data.packed import pack_prompts
 from hbat_lightning.data.sets import pad_left, pad_right
 from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
 from hbat_lightning.ranks import Ranks
-from hbat_lightning.stream import Cycle, SampledSet, stable_seed
+from hbat_lightning.stream import stable_seed
 from hbat_lightning.switches import PhaseKey
+from hbat_lightning.training_data import Cycle, SampledSet
 
 
 def encode_opening(encoder: Encoder, row: Row, room: int) -> list[int] | None:

@@ -15,7 +15,7 @@ from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import DataError
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.scoring import IGNORE
-from hbat_lightning.stream import MicroBatch, TrainingSet
+from hbat_lightning.training_data import MicroBatch, TrainingSet
 
 
 def pad_right(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

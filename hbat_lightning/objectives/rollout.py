@@ -32,8 +32,8 @@ from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
 from hbat_lightning.sampling import DynamicSampling
 from hbat_lightning.schedules import PREFERENCE
-from hbat_lightning.stream import Cycle
 from hbat_lightning.sums import Sums
+from hbat_lightning.training_data import Cycle
 
 PAD = 0  # masks go by length, so any id will do
 _DEFAULT_SAMPLING = GenerationSettings(max_new_tokens=128, temperature=1.0)

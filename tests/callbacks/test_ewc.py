@@ -249,7 +249,7 @@ def _exact_fisher(run: Run, recorder: Recorder, phase: int, samples: int) -> Ten
     trained = module.policy.trained_parameters()
     module.policy.set_training(dropout=False)
     sums = {name: torch.zeros_like(value) for name, value in trained.items()}
-    from hbat_lightning.stream import MicroBatch
+    from hbat_lightning.training_data import MicroBatch
 
     for row in stream.shards[objective][0][:samples]:
         window = [MicroBatch(run.data.train_sets[objective].collate([row]), objective)]

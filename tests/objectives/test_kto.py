@@ -17,7 +17,7 @@ from hbat_lightning.data import embedded
 from hbat_lightning.errors import DataError, UserError
 from hbat_lightning.importance import ExactFisher
 from hbat_lightning.schedules import Interval
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 from tests.support import Recorder, largest_difference, negative_log_likelihood, put, rows_of
 
 BETA, GOOD, BAD = 0.5, 1.2, 0.7

@@ -25,7 +25,7 @@ from hbat_lightning import (
 )
 from hbat_lightning.callbacks import ElasticWeightConsolidation
 from hbat_lightning.schedules import Interval
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 from tests.support import Recorder, largest_difference, pair_scores, put, rows_of
 
 BETA = 0.5

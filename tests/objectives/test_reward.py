@@ -28,7 +28,7 @@ from hbat_lightning.cli import main
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 from hbat_lightning.functional import bradley_terry_loss, preference_calibration
-from hbat_lightning.stream import MicroBatch
+from hbat_lightning.training_data import MicroBatch
 from tests.support import Recorder, largest_difference, put, rows_of, same_bits
 
 CPU = torch.device("cpu")

@@ -74,7 +74,7 @@ class Traps:
             return hooks(trainer, name, *args, **kwargs)
 
         call._call_callback_hooks = hook  # type: ignore[assignment]
-        self.around(alignment.AlignmentModule, "_roll_out", "rollouts")
+        self.around(alignment, "roll_out", "rollouts")
         self.around(alignment.OptimizerStateKeeper, "switch", "a switch of the optimizer's state")
         self.around(alignment.AlignmentModule, "_log_window", "the window's figures")
         self.around(metrics_logger, "append_text", "a row of metrics.csv")
