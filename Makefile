@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Every test computes with one thread, so a process per core.
+WORKERS ?= -n logical --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed  ## train Hbat on the embedded model and task, into run
 	$(BIN)/hbat fit --config configs/hbat_dpo.yaml --config configs/demo.yaml --overwrite true $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term $(ARGS)
 
 nightly: $(VENV)/.installed-test  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m nightly $(ARGS)
