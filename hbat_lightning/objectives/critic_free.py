@@ -95,9 +95,10 @@ class RLOOModule(PolicyGradientModule):
 class GRPOModule(PolicyGradientModule):
     """Group relative policy optimisation (Shao et al. 2024): rewards against their group's mean and deviation.
 
-    The divergence is no part of the reward but of the loss, by k3 under the policy that trains, with its gradient. The loss
-    is a mean over tokens, of the whole window and not of each completion first, as in DAPO (Yu et al. 2025): long answers
-    are not favoured where they are wrong.
+    The divergence is no part of the reward but of the loss, by k3 under the policy that trains, with its gradient, as in the
+    paper; TRL multiplies it with the ratio unless ``use_bias_correction_kl`` is off. The loss is a mean over tokens, of the
+    whole window and not of each completion first, as in DAPO (Yu et al. 2025): long answers are not favoured where they are
+    wrong.
 
     Args:
         reward: Scores completions.
