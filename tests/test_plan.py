@@ -265,6 +265,16 @@ def test_what_of_rollouts_cannot_be_planned() -> None:
         rollout_plan("--model.preference.reward", f"{OwnReward.__module__}.OwnReward")
     with pytest.raises(UserError, match="no room for a prompt"):
         rollout_plan("--model.preference.sampling.max_new_tokens", "96")
+    with pytest.raises(UserError, match=r"model of its own .* cannot be planned"):
+        rollout_plan("--config", str(ROOT / "configs/reinforcement/value_model.yaml"))
+
+
+def test_dynamic_sampling_is_planned_at_its_most() -> None:
+    """ESRL's layer gives a prompt up to ``maximum`` completions, and any micro-batch may be of such prompts."""
+    layer = ("--config", str(ROOT / "configs/reinforcement/esrl.yaml"))
+    most = ("--model.preference.dynamic_sampling.maximum", "6")
+    dynamic = rollout_plan(*layer, *most, "--model.preference.samples", "2")
+    assert dynamic == rollout_plan("--model.preference.samples", "6")
 
 
 # ---- bases that are quantised already, and devices -------------------------------------------------------------------

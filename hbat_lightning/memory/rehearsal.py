@@ -102,6 +102,7 @@ def _fresh(settings: RunSettings) -> RunSettings:
             objective.reward = planned(objective.reward)
             if objective.dynamic_sampling is not None:  # a micro-batch may hold the most of each of its prompts
                 objective.samples, objective.dynamic_sampling = objective.dynamic_sampling.maximum, None
+                objective.figures = type(objective).figures
         if isinstance(objective, PPOModule) and isinstance(objective.value, ModelValue):
             raise UserError(
                 f"a value function that is a model of its own ({objective.value.model.spec.name}) cannot be planned: plan the "

@@ -350,6 +350,23 @@ def test_held_out_prompts_are_completed_greedily(train: Any) -> None:
     assert run.log.column("val/preference/reward")[-1] == pytest.approx(np.mean(truth), rel=1e-6)
 
 
+def begins_early(prompt: str, completion: str) -> float:
+    """1 where the first letter is one of the first five."""
+    return float(completion[:1].lower() in set("abcde"))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_reward_rises_beyond_its_noise(kind: Any, make_policy: Any, fit: Any) -> None:
+    objective = make(kind, policy=make_policy(), epochs=2, passes=1, sampling=GenerationSettings(3, 1.0), lr=1e-2)
+    objective.reward = FunctionReward(begins_early)
+    prompts = DataSource(embedded.PREFERENCE, limit=240 // objective.samples, val_fraction=0.0)
+    data = HybridDataModule(preference=prompts, batch_size=24 // objective.samples)
+    rewards = np.array(fit(objective, data=data, accumulate_grad_batches=1).log.column("train/preference/reward"))
+    first, last = rewards[:4], rewards[-4:]
+    assert len(rewards) == 20
+    assert last.mean() - first.mean() > 4 * np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 4)
+
+
 def test_one_epoch_trains_on_every_prompt_as_often_as_it_has_passes(make_policy: Any, fit: Any) -> None:
     objective = make(REINFORCEModule, rollout_windows=2, passes=3, policy=make_policy())
     recorder = Recorder()
