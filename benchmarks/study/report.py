@@ -1,0 +1,136 @@
+"""Tables and pictures of the study, from the results of its runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scores import score, starting_gold
+
+Result = Mapping[str, Any]
+SFT, BASELINE = "sft", "two-stage DPO"
+STUDENT = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # t, 95 %, by count
+
+
+def report(folder: Path, results: Sequence[Result]) -> None:
+    """Write ``results.jsonl``, ``tables.md`` and ``fronts.png``.
+
+    Args:
+        folder: Of the study.
+        results: Of all runs, each with its stage.
+    """
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
+    golds = _golds(folder)
+    parts = ["# Tables of the study", f"Worlds, seeds and settings: `{folder / 'results.jsonl'}`."]
+    for stage in ("final", "rounds", "optimizer state", "full"):
+        own = [one for one in results if one["stage"] == stage]
+        if own:
+            parts += [f"## {stage.capitalize()}", table(own, golds)]
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+    draw_fronts(folder / "fronts.png", [one for one in results if one["stage"] == "tuning"], golds)
+    print(*parts, sep="\n\n")
+
+
+def table(results: Sequence[Result], golds: Mapping[int, float]) -> str:
+    """Mean and standard deviation over seeds, and the paired difference in score to two-stage DPO with its 95 % interval.
+
+    Args:
+        results: Of one stage.
+        golds: Gold of the SFT policy, by seed.
+    """
+    rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for one in results:
+        rows[one["method"], json.dumps(one["chosen"])].append(one)
+    baseline = {one["seed"]: score(one, golds) for one in results if one["method"] == BASELINE}
+    lines = [
+        "| method | exact | plain | ROUGE-L | gold | score | against two-stage DPO | steps | settings |",
+        "| --- | --- | --- | --- | --- | --- | --- | ---: | --- |",
+    ]
+    for (method, chosen), own in rows.items():
+        figures = [_spread([one[name] for one in own]) for name in ("exact", "plain", "rougeL", "gold")]
+        scores = {one["seed"]: score(one, golds) for one in own}
+        paired = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
+        difference = "" if method == BASELINE or len(paired) < 2 else interval(paired)
+        settings = ", ".join(f"{key.removeprefix('model.')} {value}" for key, value in json.loads(chosen).items())
+        cells = [method, *figures, _spread(list(scores.values())), difference, str(own[0]["steps"]), settings]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean of paired differences with Student's 95 % interval."""
+    count = len(differences)
+    half = STUDENT.get(count, 1.96) * statistics.stdev(differences) / math.sqrt(count)
+    mean = statistics.mean(differences)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other is at least as good as in both, by the first coordinate."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    return kept[::-1]
+
+
+def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]) -> None:
+    """Every draw of every method, mean over tuning seeds, and each method's front: exact match against the share of gold.
+
+    Args:
+        path: The picture.
+        tuning: Results of the draws.
+        golds: Gold of the SFT policy, by seed.
+    """
+    methods: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for one in tuning:
+        methods[one["method"]][json.dumps(one["chosen"])].append(one)
+    columns = 4
+    height = max(1, math.ceil(len(methods) / columns))
+    figure = Figure(figsize=(4 * columns, 3 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat
+    everything: list[tuple[float, float]] = []
+    clouds = {}
+    for name, draws in methods.items():
+        clouds[name] = [
+            (
+                statistics.mean(one["exact"] for one in own),
+                statistics.mean(score(one, golds) - one["exact"] for one in own),
+            )
+            for own in draws.values()
+        ]
+        everything += clouds[name]
+    for axis, (name, points) in zip(axes, clouds.items(), strict=False):
+        axis.plot(*zip(*front(everything), strict=True), color="0.8", linewidth=3, label="all methods")
+        axis.scatter(*zip(*points, strict=True), s=14)
+        axis.plot(*zip(*front(points), strict=True))
+        axis.set_title(name, fontsize=9)
+    figure.supxlabel("exact match of instructions")
+    figure.supylabel("share of the missing gold that is gained")
+    figure.savefig(path, dpi=100)
+
+
+def _golds(folder: Path) -> dict[int, float]:
+    starts = [json.loads(path.read_text()) for path in sorted((folder / "runs" / SFT).glob("chosen-*/result.json"))]
+    return starting_gold(starts)
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"

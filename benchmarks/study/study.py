@@ -1,0 +1,211 @@
+"""The controlled study: all methods on a small task whose gold reward can be computed.
+
+    python benchmarks/study/study.py                       # everything, into runs/study; what is done already is not done again
+    python benchmarks/study/study.py --smoke               # two methods in tiny worlds, in a minute
+    python benchmarks/study/study.py --tldr-share 0.1 --output runs/study-gentle --methods "two-stage DPO" "Hbat-DPO, none"
+
+Stages: worlds are made; SFT is tuned; every other method is tuned, by as many draws from its ranges, on the validation
+prompts of the tuning worlds; then each method's best draw is run on the worlds of the final seeds and judged on their test
+prompts; and variants of some are run in the same way. What would count as the paper's claim holding is written in README.md
+beside this file, before the final runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import draws, read_methods
+from report import report
+from runs import Method, Trial, run
+from scores import best, starting_gold
+from tqdm import tqdm
+from world import SMOKE, Sizes, make_world
+
+from hbat_lightning import quiet
+
+SFT = "sft"
+ROUNDS = ("two-stage DPO", "Hbat-DPO, none", "Hbat-DPO, drift", "Hbat-DPO, uniform")
+STATES = ("Hbat-DPO, none", "Hbat-DPO, drift")
+FULL = (
+    "sft",
+    "two-stage DPO",
+    "two-stage DPO, EWC, uniform",
+    "two-stage DPO, EWC, drift",
+    "Hbat-DPO, none",
+    "Hbat-DPO, drift",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+        output: Folder of everything.
+        sizes: Of the worlds.
+        tuning: Seeds that methods are tuned on.
+        final: Seeds of the final runs.
+        draws: What is tried of each method.
+    """
+
+    output: Path
+    sizes: Sizes
+    tuning: Sequence[int]
+    final: Sequence[int]
+    draws: int
+
+    def world(self, seed: int) -> Path:
+        """Folder of a world."""
+        return self.output / "worlds" / f"world-{seed}"
+
+    def trial(self, method: Method, chosen: Mapping[str, Any], seed: int, name: str, **more: Any) -> Trial:
+        """A run in the folder of this name."""
+        split = "validation" if seed in self.tuning else "test"
+        start = self.output / "runs" / SFT / f"chosen-{seed}" / "adapter"
+        folder = self.output / "runs" / method.name.replace(", ", "/") / f"{name}-{seed}"
+        return Trial(method, chosen, self.world(seed), split, folder, seed, start, **more)
+
+
+class Workers:
+    """Processes that make runs side by side, one thread each."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin_worker)
+
+    def all(self, what: str, work: Any, each: Iterable[Any]) -> list[Any]:
+        """Results in order, with progress."""
+        jobs = [
+            self._pool.submit(work, *one) if isinstance(one, tuple) else self._pool.submit(work, one) for one in each
+        ]
+        return [job.result() for job in tqdm(jobs, desc=what, unit="run")]
+
+
+def _begin_worker() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    quiet.install()
+
+
+def carry_out(plan: Plan, methods: Mapping[str, Method], workers: Workers, variants: bool) -> list[dict[str, Any]]:
+    """All stages.
+
+    Returns:
+        Results of the final runs and the variants, each with the name of its stage.
+    """
+    seeds = [*plan.tuning, *plan.final]
+    workers.all("worlds", make_world, [(plan.output / "worlds", seed, plan.sizes) for seed in seeds])
+    chosen = {SFT: _tuned(plan, methods[SFT], workers)}
+    starts = workers.all("SFT", run, [plan.trial(methods[SFT], chosen[SFT], seed, "chosen") for seed in seeds])
+    golds = starting_gold(starts)
+    others = [method for name, method in methods.items() if name != SFT]
+    tried = [
+        plan.trial(method, draw, seed, f"draw-{number}")
+        for method in others
+        for number, draw in enumerate(draws(method, plan.draws))
+        for seed in plan.tuning
+    ]
+    results = workers.all("tuning", run, tried)
+    for method in others:
+        chosen[method.name] = best([one for one in results if one["method"] == method.name], golds)
+    final = [
+        plan.trial(method, chosen[method.name], seed, "chosen") for method in methods.values() for seed in plan.final
+    ]
+    done = [{"stage": "tuning", **one} for one in results]
+    done += [{"stage": "final", **one} for one in workers.all("final", run, final)]
+    if variants:
+        done += _variants(plan, methods, chosen, workers, golds)
+    return done
+
+
+def _tuned(plan: Plan, method: Method, workers: Workers, full: bool = False) -> dict[str, Any]:
+    """The best draw; of SFT, that with the most exact answers: it has no gold to compare with but its own."""
+    tried = [
+        plan.trial(method, draw, seed, f"{'full-' if full else ''}draw-{number}", full=full)
+        for number, draw in enumerate(draws(method, plan.draws))
+        for seed in plan.tuning
+    ]
+    return best(workers.all(f"tuning {method.name}", run, tried), None)
+
+
+def _variants(
+    plan: Plan,
+    methods: Mapping[str, Method],
+    chosen: Mapping[str, Mapping[str, Any]],
+    workers: Workers,
+    golds: Mapping[int, float],
+) -> list[dict[str, Any]]:
+    """Numbers of rounds, policies for the optimizer's state, and full fine-tuning."""
+    found = []
+    for name in (one for one in ROUNDS if one in methods and one != "two-stage DPO"):
+        for rounds in (1, 2, 5, 10):
+            settings = dict(chosen[name]) | {"model.schedule.rounds": rounds}
+            trials = [plan.trial(methods[name], settings, seed, f"rounds-{rounds}") for seed in plan.final]
+            found += [{"stage": "rounds", **one} for one in workers.all(f"{name}, {rounds} rounds", run, trials)]
+    for name in (one for one in STATES if one in methods):
+        for state in ("reset", "shared", "per_objective"):
+            settings = dict(chosen[name]) | {"model.optimizer_state": state}
+            trials = [plan.trial(methods[name], settings, seed, f"state-{state}") for seed in plan.final]
+            found += [{"stage": "optimizer state", **one} for one in workers.all(f"{name}, {state}", run, trials)]
+    for name in (one for one in FULL if one in methods):
+        method = methods[name]
+        method = replace(method, ranges={**method.ranges, **_gentler(method)})
+        tried = [
+            plan.trial(method, draw, seed, f"full-draw-{number}", full=True)
+            for number, draw in enumerate(draws(method, plan.draws))
+            for seed in plan.tuning
+        ]
+        results = workers.all(f"tuning {name}, full", run, tried)
+        settings = best(results, None if name == SFT else golds)
+        trials = [plan.trial(method, settings, seed, "full", full=True) for seed in plan.final]
+        found += [{"stage": "full", **one} for one in workers.all(f"{name}, full", run, trials)]
+    return found
+
+
+def _gentler(method: Method) -> dict[str, list[Any]]:
+    """Rates for all parameters: a third of those of adapters."""
+    return {key: [value / 3 for value in values] for key, values in method.ranges.items() if key.endswith(".lr")}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone, and sft")
+    parser.add_argument("--seeds", type=int, default=5, help="final seeds")
+    parser.add_argument("--draws", type=int, default=8, help="tried of each method, on two tuning seeds")
+    parser.add_argument(
+        "--tldr-share", type=float, default=1 / 3, help="of instruction rows that pull against preferences"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--smoke", action="store_true")
+    given = parser.parse_args()
+    methods = read_methods()
+    if given.smoke:
+        given.methods = given.methods or ["two-stage DPO", "Hbat-DPO, drift"]
+        plan = Plan(given.output, SMOKE, (1,), (11,), 1)
+    else:
+        final = tuple(range(11, 11 + given.seeds))
+        plan = Plan(given.output, Sizes(tldr_share=given.tldr_share), (1, 2), final, given.draws)
+    wanted = {SFT, *(given.methods or methods)}
+    unknown = wanted - set(methods)
+    if unknown:
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
+    done = carry_out(
+        plan,
+        {name: method for name, method in methods.items() if name in wanted},
+        Workers(given.workers),
+        not given.smoke,
+    )
+    report(given.output, done)
+
+
+if __name__ == "__main__":
+    main()
