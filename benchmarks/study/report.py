@@ -15,6 +15,24 @@ from scores import score, starting_gold
 
 Result = Mapping[str, Any]
 SFT, BASELINE = "sft", "two-stage DPO"
+CLAIMS = {  # as README.md has them
+    "alternation is better than two stages (DPO)": ("Hbat-DPO, none", "two-stage DPO"),
+    "alternation is better than two stages (PPO)": ("Hbat-PPO, none", "two-stage PPO"),
+    "EWC adds to alternation (DPO)": ("Hbat-DPO, drift", "Hbat-DPO, none"),
+    "EWC adds to alternation (PPO)": ("Hbat-PPO, drift", "Hbat-PPO, none"),
+    "EWC adds to two stages (DPO)": ("two-stage DPO, EWC, drift", "two-stage DPO"),
+    "EWC adds to two stages (PPO)": ("two-stage PPO, EWC, drift", "two-stage PPO"),
+    "importance is better than a uniform pull (alternation)": ("Hbat-DPO, drift", "Hbat-DPO, uniform"),
+    "importance is better than a uniform pull (two stages)": (
+        "two-stage DPO, EWC, drift",
+        "two-stage DPO, EWC, uniform",
+    ),
+    "importance is better than a random one": ("Hbat-DPO, drift", "Hbat-DPO, random"),
+    "modified EWC is better than original EWC": ("Hbat-DPO, drift", "Hbat-DPO, Fisher"),
+    "the literal softmax differs from no EWC": ("Hbat-DPO, literal", "Hbat-DPO, none"),
+    "Hbat is better than a joint loss": ("Hbat-DPO, drift", "joint DPO"),
+    "Hbat is better than SFT+ppo": ("Hbat-PPO, drift", "SFT+ppo"),
+}
 STUDENT = {
     2: 12.706,
     3: 4.303,
@@ -42,6 +60,8 @@ def report(folder: Path, results: Sequence[Result]) -> None:
         own = [one for one in results if one["stage"] == stage]
         if own:
             parts += [f"## {stage.capitalize()}", table(own, golds)]
+        if stage == "final" and len({one["seed"] for one in own}) > 1:
+            parts += ["## Claims", claims(own, golds)]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
     draw_fronts(folder / "fronts.png", [one for one in results if one["stage"] == "tuning"], golds)
     print(*parts, sep="\n\n")
@@ -73,12 +93,38 @@ def table(results: Sequence[Result], golds: Mapping[int, float]) -> str:
     return "\n".join(lines)
 
 
+def claims(results: Sequence[Result], golds: Mapping[int, float]) -> str:
+    """The paired difference in score that every claim is about, and what follows from its interval.
+
+    Args:
+        results: Of the final runs.
+        golds: Gold of the SFT policy, by seed.
+    """
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for one in results:
+        scores[one["method"]][one["seed"]] = score(one, golds)
+    lines = ["| claim | difference in score | per seed | holds |", "| --- | --- | --- | --- |"]
+    for claim, (method, against) in CLAIMS.items():
+        if method not in scores or against not in scores:
+            continue
+        paired = [scores[method][seed] - scores[against][seed] for seed in sorted(scores[method])]
+        mean, half = _interval(paired)
+        verdict = "yes" if mean - half > 0 else "no: the reverse" if mean + half < 0 else "not shown"
+        each = " ".join(f"{one:+.2f}" for one in paired)
+        lines.append(f"| {claim} | {interval(paired)} | {each} | {verdict} |")
+    return "\n".join(lines)
+
+
 def interval(differences: Sequence[float]) -> str:
     """Mean of paired differences with Student's 95 % interval."""
+    mean, half = _interval(differences)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float]:
     count = len(differences)
     half = STUDENT.get(count, 1.96) * statistics.stdev(differences) / math.sqrt(count)
-    mean = statistics.mean(differences)
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return statistics.mean(differences), half
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

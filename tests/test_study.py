@@ -1,0 +1,110 @@
+"""The controlled study: its task by hand, its methods as configurations, and all of its stages in tiny worlds."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbat_lightning.cli import main
+from tests.conftest import ROOT
+
+STUDY = ROOT / "benchmarks" / "study"
+sys.path.insert(0, str(STUDY))
+
+import report  # noqa: E402
+import task  # noqa: E402
+from fits import CONFIGS  # noqa: E402
+from methods import draws, read_methods  # noqa: E402
+from runs import Trial, _arguments  # noqa: E402
+
+METHODS = read_methods()
+FACTS = task.Facts("n1", "i2", "p3", "q4", "a5")
+
+
+@pytest.mark.parametrize(
+    ("summary", "gold"),
+    [
+        ("n1 bought a i2 at p3 it has q4 should n1 a5", 5 - 0.05 * 12),
+        ("please n1 bought a i2 at p3 it has q4 should n1 a5 thanks", 5 + 2 - 0.05 * 14),
+        ("n1 bought a i9", 1 - 1 - 0.05 * 4),
+        ("basically n1 please thanks", 1 + 1 - 1 - 0.5 - 0.05 * 4),
+        ("thanks", -0.5 - 0.05),
+        ("", 0.0),
+    ],
+)
+def test_gold_by_hand(summary: str, gold: float) -> None:
+    assert task.gold(FACTS, summary) == pytest.approx(gold)
+
+
+def test_posts_state_their_facts_and_no_answer_has_an_unknown_word() -> None:
+    rng, words = random.Random(1), set(task.vocabulary())
+    for _ in range(200):
+        facts = task.draw_facts(rng)
+        request = rng.choice([*task.EXACT, task.TLDR])
+        prompt = task.write_prompt(rng, facts, request)
+        assert task.facts_of(prompt) == facts
+        answers = [facts.as_people_write(rng), task.ideal(facts), *(facts.answer(one) for one in task.EXACT)]
+        assert {word for text in (prompt, *answers) for word in text.split()} <= words
+        assert max(task.gold(facts, answer) for answer in answers) == task.gold(facts, task.ideal(facts))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the last of its draws, and every setting as it says."""
+    (chosen, *_) = draws(METHODS[name], 8)[::-1]
+    trial = Trial(METHODS[name], chosen, tmp_path, "test", tmp_path / "run", 1, tmp_path / "start")
+    layers, _, _, options = _arguments(trial)
+    arguments = [part for layer in layers for part in ("--config", str(CONFIGS / layer))]
+    arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments, "--print_config"])
+    assert ended.value.code in (0, None)
+    said = capsys.readouterr().out
+    assert f"class_path: {'hbat_lightning.' if name != 'sft' else ''}" in said
+    assert len(draws(METHODS[name], 8)) == 8 or name == "sft"
+    assert draws(METHODS[name], 8) == draws(METHODS[name], 8)
+
+
+def test_verdicts_follow_from_intervals() -> None:
+    def results(method: str, exact: list[float]) -> list[dict[str, Any]]:
+        return [{"method": method, "seed": seed, "exact": one, "gold": 4.0} for seed, one in enumerate(exact)]
+
+    golds = dict.fromkeys(range(3), 4.0)
+    base = results("two-stage DPO", [0.9, 0.8, 0.7])
+    lines = report.claims(base + results("Hbat-DPO, none", [0.95, 0.86, 0.74]), golds).splitlines()
+    assert len(lines) == 3
+    # mean .05, deviation .01, Student's t of two degrees of freedom 4.303
+    assert "+0.050 [+0.025, +0.075]" in lines[2]
+    assert lines[2].endswith("| yes |")
+    assert report.claims(base + results("Hbat-DPO, none", [0.95, 0.75, 0.74]), golds).endswith("| not shown |")
+    assert report.claims(base + results("Hbat-DPO, none", [0.85, 0.74, 0.66]), golds).endswith("| no: the reverse |")
+
+
+def test_a_front_has_what_nothing_else_beats() -> None:
+    assert report.front([(0.9, 0.1), (0.8, 0.5), (0.7, 0.4), (0.95, 0.1), (0.5, 0.9)]) == [
+        (0.5, 0.9),
+        (0.8, 0.5),
+        (0.95, 0.1),
+    ]
+
+
+def test_all_stages_in_tiny_worlds_and_again_without_doing_anything_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(STUDY / "study.py"), "--smoke", "--workers", "1"]
+    command += ["--output", str(tmp_path), "--methods", "Hbat-DPO, drift"]
+    subprocess.run(command, check=True, capture_output=True)
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(one["stage"], one["method"]) for one in results] == [
+        ("tuning", "Hbat-DPO, drift"), ("final", "sft"), ("final", "Hbat-DPO, drift")
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} >= {"tables.md", "fronts.png"}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    tables = (tmp_path / "tables.md").read_text()
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == times
+    assert (tmp_path / "tables.md").read_text() == tables
