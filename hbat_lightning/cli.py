@@ -42,6 +42,7 @@ from hbat_lightning.files import out_of_room
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.privacy import keyless_streams, without_keys, without_secret_settings
 from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.run_lock import hold
 from hbat_lightning.stop_signals import INTERRUPTED, TERMINATED
 from hbat_lightning.strategies import require_strategy
 from hbat_lightning.trainer_checks import is_dry_run
@@ -100,6 +101,10 @@ class HbatCLI(LightningCLI):
 
     checkpoint: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._held:  # LightningCLI does in here all that a command does
+            super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See the base class."""
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run in the run folder.")
@@ -110,9 +115,11 @@ class HbatCLI(LightningCLI):
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to go on from; refuse to write over a run."""
+        """Keep other runs out of the run folder; find the checkpoint to go on from; refuse to write over a run."""
         if self.subcommand is None:
             return
+        if self.subcommand == "fit" and not self._run_config.trainer.fast_dev_run and not rank_zero_only.rank:  # type: ignore[attr-defined]
+            self._held.enter_context(hold(self.run_folder))
         wanted = self._run_config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.run_folder, wanted) if wanted else None
         if wanted == "last" and self.checkpoint is None and self.subcommand != "fit":

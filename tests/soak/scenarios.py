@@ -45,6 +45,8 @@ _ROUNDS = [f"{SCHEDULE}.init_args.rounds", "2", f"{SCHEDULE}.init_args.instructi
 _RATES = ["--model.init_args.instruction.init_args.lr", "5e-3", "--model.init_args.preference.init_args.lr", "2e-3"]
 _SAMPLING = ["--model.preference.sampling.max_new_tokens", "6", "--model.preference.rollout_windows", "2"]
 _MIXED = [f"{SCHEDULE}.init_args.rounds", "2", f"{SCHEDULE}.init_args.steps", "4"]
+_GROUPS = ["--model.preference.samples", "2"]
+_DYNAMIC = "--model.preference.dynamic_sampling"
 
 
 def _importance(name: str, *more: str) -> list[str]:
@@ -66,6 +68,30 @@ KINDS: dict[str, list[str]] = {
         *[f"{SCHEDULE}.init_args.instruction_steps", "3", f"{SCHEDULE}.init_args.preference_steps", "2"],
     ],
     "Rounds PPO": [*_config("hbat_ppo"), *_rows(*_BOTH), *_ROUNDS, *_RATES, *_SAMPLING],
+    "Rounds GRPO": [
+        *_config("hbat_ppo", "reinforcement/grpo"),
+        *_rows(*_BOTH),
+        *_ROUNDS,
+        *_RATES,
+        *_SAMPLING,
+        *_GROUPS,
+    ],
+    "Rounds RAFT": [
+        *_config("hbat_ppo", "reinforcement/raft"),
+        *_rows(*_BOTH),
+        *_ROUNDS,
+        *_RATES,
+        *_SAMPLING,
+        *_GROUPS,
+    ],
+    "Rounds PPO, dynamic sampling": [
+        *_config("hbat_ppo", "reinforcement/esrl"),
+        *_rows(*_BOTH),
+        *_ROUNDS,
+        *_RATES,
+        *_SAMPLING,
+        *[f"{_DYNAMIC}.maximum", "3"],
+    ],
     "RandomMix DPO": [*_config("two_stage_dpo", "alright"), *_rows(*_BOTH), *_MIXED],
     "MaxGap DPO": [
         *_config("two_stage_dpo", "maxright"),
@@ -94,28 +120,50 @@ IMPORTANCES: dict[str, list[str]] = {
 }
 
 
-def draw(rng: random.Random, kind: str | None = None) -> Scenario:
-    """A scenario: one of each kind of setting, at random.
+STATES = ("reset", "shared", "per_objective")
+
+
+class Dealer:
+    """Draws scenarios; of each setting every value comes up before one comes up again.
 
     Args:
         rng: Draws.
-        kind: One of :data:`KINDS`; drawn too when not given.
     """
-    kind = kind or rng.choice(list(KINDS))
-    arguments, names = list(KINDS[kind]), [kind]
-    if kind.startswith(("Rounds", "Interval")):
-        importance = rng.choice(list(IMPORTANCES))
-        state = rng.choice(["reset", "shared", "per_objective"])
-        arguments += [*IMPORTANCES[importance], "--model.init_args.optimizer_state", state]
-        names += [importance, state]
-    accumulate = rng.choice([2, 3] if kind.startswith("Joint") else [1, 2, 3])
-    every = rng.choice([None, 1, 2, 3])
-    dropout, base = rng.choice(["0.0", "0.1", "0.1"]), rng.choice(["none", "none", "nf4"])
-    names += [f"accumulate {accumulate}", f"checkpoint every {every or 'switch'}", f"dropout {dropout}", f"base {base}"]
-    arguments += [f"{POLICY}.lora.r", "4", f"{POLICY}.lora.dropout", dropout, f"{POLICY}.quantization", base]
-    arguments += ["--data.init_args.batch_size", "2", "--trainer.accumulate_grad_batches", str(accumulate)]
-    arguments += ["--data.init_args.max_length", "128", "--model.init_args.generation.max_new_tokens", "4"]
-    if every is not None:
-        arguments += ["--trainer.callbacks+=WindowCheckpoint", f"--trainer.callbacks.every_n_train_steps={every}"]
-    arguments += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-    return Scenario(", ".join(names), tuple(arguments))
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._decks: dict[tuple[str, ...], list[str]] = {}
+
+    def draw(self, kind: str) -> Scenario:
+        """A scenario: one of each kind of setting.
+
+        Args:
+            kind: One of :data:`KINDS`.
+        """
+        arguments, names = list(KINDS[kind]), [kind]
+        if kind.startswith(("Rounds", "Interval")):
+            importance, state = self._deal(*IMPORTANCES), self._deal(*STATES)
+            arguments += [*IMPORTANCES[importance], "--model.init_args.optimizer_state", state]
+            names += [importance, state]
+        accumulate = self._rng.choice([2, 3] if kind.startswith("Joint") else [1, 2, 3])
+        every = self._rng.choice([None, 1, 2, 3])
+        dropout, base = self._deal("0.0", "0.1", "0.1 "), self._deal("none", "none ", "nf4")
+        names += [
+            f"accumulate {accumulate}",
+            f"checkpoint every {every or 'switch'}",
+            f"dropout {dropout}",
+            f"base {base}",
+        ]
+        arguments += [f"{POLICY}.lora.r", "4", f"{POLICY}.lora.dropout", dropout, f"{POLICY}.quantization", base]
+        arguments += ["--data.init_args.batch_size", "2", "--trainer.accumulate_grad_batches", str(accumulate)]
+        arguments += ["--data.init_args.max_length", "128", "--model.init_args.generation.max_new_tokens", "4"]
+        if every is not None:
+            arguments += ["--trainer.callbacks+=WindowCheckpoint", f"--trainer.callbacks.every_n_train_steps={every}"]
+        arguments += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+        return Scenario(", ".join(names), tuple(arguments))
+
+    def _deal(self, *values: str) -> str:
+        deck = self._decks.setdefault(values, [])
+        if not deck:
+            deck.extend(self._rng.sample(values, len(values)))
+        return deck.pop().strip()

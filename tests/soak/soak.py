@@ -28,7 +28,7 @@ import torch
 
 import hbat_lightning.cli  # noqa: F401  as above
 from tests.soak.runs import FINISHED, FOLDER, Commands, Launcher, Outcome, differences, with_launcher
-from tests.soak.scenarios import KINDS, Scenario, draw
+from tests.soak.scenarios import KINDS, Dealer, Scenario
 from tests.soak.traps import Stop
 
 LIVES = 3
@@ -147,11 +147,17 @@ def table(lives: list[Life]) -> str:
     lines.append(
         f"| all | {len(lives)} | {sum(len(life.stops) for life in lives)} | {sum(bool(life.failures) for life in lives)} |"
     )
+    settings = Counter(setting for life in lives for setting in _settings(life) for _ in life.stops)
     by_signal = Counter(name for life in lives for name in life.signals)
     places = Counter(_place(stop) for life in lives for stop in life.stops)
     lines += ["", "By signal: " + ", ".join(f"{name} {count}" for name, count in by_signal.most_common()) + "."]
+    lines += ["", "By setting: " + "; ".join(f"{name} {count}" for name, count in settings.most_common()) + "."]
     lines += ["", "By place: " + "; ".join(f"{place} {count}" for place, count in places.most_common()) + "."]
     return "\n".join(lines)
+
+
+def _settings(life: Life) -> list[str]:
+    return life.scenario.removeprefix(f"{life.kind}, ").split(", ")
 
 
 def _place(stop: str) -> str:
@@ -172,9 +178,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rng, lives, number = random.Random(given.seed), [], 0
+    dealer = Dealer(rng)
     while sum(len(life.stops) for life in lives) < given.stops:
         kind = given.kinds[number % len(given.kinds)]
-        scenario = draw(rng, kind)
+        scenario = dealer.draw(kind)
         new = soak(scenario, kind, given.folder.resolve() / f"{number:03d}", rng.getrandbits(32), given.commands)
         lives, number = lives + new, number + 1
         for life in new:
