@@ -50,6 +50,9 @@ class Objective(Protocol):
     def own_parameters(self, policy: Policy) -> Sequence[nn.Parameter]:
         """What trains beside the policy, in this objective's phases only."""
 
+    def identity(self) -> dict[str, tuple[str, str]]:
+        """What tells it from others beside its class, by name: what is compared, and the same in words. After build()."""
+
     def export(self, folder: Path) -> Sequence[str]:
         """Add to an exported policy what belongs to the result beside it; sentences on it for the model card."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hbat_lightning.adapters import LoraSettings
-from hbat_lightning.base_model import BaseSpec, DType, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, DType, fingerprint, load_tokenizer
 from hbat_lightning.classifier import load_trained_classifier, logits_of
+from hbat_lightning.data.provenance import files_digest
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.errors import UserError
@@ -31,6 +33,18 @@ class Reward(nn.Module):
 
     def build(self, policy: Policy, device: torch.device) -> None:
         """Load what it needs; the policy has its weights. Idempotent."""
+
+    def identity(self) -> tuple[str, str]:
+        """What tells this reward from others, to be asked after :meth:`build`: a run goes on with the same one only.
+
+        Its class and the tensors that are part of it, unless a subclass knows better.
+
+        Returns:
+            What is compared, and the same in words, which may name a place.
+        """
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        said = f"{name} ({fingerprint(self)})" if any(True for _ in self.parameters()) else name
+        return said, said
 
     @abstractmethod
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
@@ -54,6 +68,12 @@ class FunctionReward(Reward):
     def __init__(self, function: Callable[[str, str], float]) -> None:
         super().__init__()
         self.function = function
+
+    def identity(self) -> tuple[str, str]:
+        """See :meth:`Reward.identity`: the function's import path, or its class. What it computes is not looked at."""
+        named = self.function if inspect.isroutine(self.function) else type(self.function)
+        said = f"{named.__module__}.{named.__qualname__}"
+        return said, said
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
         """See :meth:`Reward.score`.
@@ -83,6 +103,7 @@ class AdapterReward(Reward):
         super().__init__()
         self.path, self.lora = path, lora
         self.scalar = ScalarAdapter("reward", lora, path)
+        self._digest = ""
 
     def build(self, policy: Policy, device: torch.device) -> None:
         """Add the adapter to the base.
@@ -98,6 +119,11 @@ class AdapterReward(Reward):
         head = cast(nn.Linear, self.scalar.head)
         head.load_state_dict(load_file(file))
         self.requires_grad_(False)
+        self._digest = files_digest(sorted(Path(self.path).glob("*.safetensors")))
+
+    def identity(self) -> tuple[str, str]:
+        """See :meth:`Reward.identity`: adapter and head as they were when they were loaded, wherever they lie."""
+        return self._digest, f"{self.path} ({self._digest})"
 
     def _require_base(self, policy: Policy) -> None:
         """Refuse an adapter of another base, or of the same one in another precision: its rewards would be other ones."""
@@ -160,6 +186,11 @@ class ClassifierReward(Reward):
             )
         model = load_trained_classifier(self.spec, self.tokenizer)
         self._built.append(model.to(device).eval().requires_grad_(False))
+
+    def identity(self) -> tuple[str, str]:
+        """See :meth:`Reward.identity`: a digest of the classifier, wherever it lies."""
+        found = fingerprint(self._built[0])
+        return found, f"{self.model_name_or_path} ({found})"
 
     def score(self, policy: Policy, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
         """See :meth:`Reward.score`."""

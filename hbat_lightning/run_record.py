@@ -70,6 +70,9 @@ def record_run(module: AlignmentModule, data: HybridDataModule) -> dict[str, Any
             "optimizer": type(optimizer).__name__,
         },
         "objectives": {name: type(objective).__name__ for name, objective in module.objectives.items()},
+        "reward": {
+            f"{name} {what}": pair for name, one in module.objectives.items() for what, pair in one.identity().items()
+        },
         "schedule": {"schedule": module.schedule.describe()},
         "seed": {"seed": module.run_seed},
         "batch_size": {"batch_size × devices": data.batch_size * module.ranks.world},
@@ -231,6 +234,7 @@ def _differences_of_identity(was: Mapping[str, Any], now: Mapping[str, Any]) -> 
         found = [
             Difference(kind, name, _shown(was[part][kind], name), _shown(now[part][kind], name))
             for kind in now[part]
+            if kind in was[part]  # else an earlier version wrote it, which did not note that kind
             for name in _names(was[part][kind], now[part][kind])
             if _value(was[part][kind], name) != _value(now[part][kind], name)
         ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from hbat_lightning import DataSource, DPOModule, HybridDataModule, IPOModule, LoraSettings, SFTModule
 from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
@@ -115,11 +114,11 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def other_tokenizer(folder: Path, base_folder: str) -> str:
-    """The embedded model, with one more token in its vocabulary."""
+    """The embedded model, with a tokenizer that has the ids of the full stop and the colon the other way round."""
     shutil.copytree(base_folder, folder)
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    tokenizer.add_tokens(["zzz"])
-    tokenizer.save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {".": 5, ":": 4}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return str(folder)
 
 
@@ -163,7 +162,7 @@ def test_one_line_names_every_difference(saved: Path, go: Any, rows: Any) -> Non
 def test_what_makes_it_another_run_is_refused_by_name(
     settings: dict[str, Any], line: str, kind: str | None, saved: Path, go: Any, rows: Any
 ) -> None:
-    every = ("data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives")
+    every = ("data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward")
     accepted = tuple(one for one in every if one != kind)
     data = rows(**settings.get("data", {}), accept_changes=accepted)
     with pytest.raises(UserError, match=line) as caught:
@@ -173,13 +172,30 @@ def test_what_makes_it_another_run_is_refused_by_name(
         assert f"--accept_changes [{kind}]" in str(caught.value)
 
 
-def test_a_tokenizer_with_one_more_token_is_another(saved: Path, go: Any, base_folder: str, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_and_cuts_up_what_is_left_where_it_is_accepted(
+    saved: Path, go: Any, rows: Any, base_folder: str, tmp_path: Path
+) -> None:
     base = other_tokenizer(tmp_path / "other", base_folder)
-    with pytest.raises(UserError, match=r"tokenizer's vocabulary: was \d+ entries \(\w+\), is \d+ entries") as caught:
+    with pytest.raises(UserError, match=r"tokenizer's vocabulary: was 103 entries \(\w+\), is 103 entries") as caught:
         go(ckpt=saved, base=base)
-    assert "data:" not in str(caught.value)
-    assert "template:" not in str(caught.value)
-    assert "base:" not in str(caught.value), "its weights are the same"
+    for unchanged in ("data:", "template:", "base:"):  # the weights are the same
+        assert unchanged not in str(caught.value)
+    assert "--accept_changes [tokenizer]" in str(caught.value)
+
+    before, after = Recorder(), Recorder()
+    go(before, ckpt=saved, max_steps=6, folder="before")
+    data = rows(accept_changes=("tokenizer",))
+    go(after, ckpt=saved, base=base, data=data, max_steps=6, folder="after")
+    assert [len(side.windows) for side in (before, after)] == [4, 4]
+    for mine, theirs in zip(after.windows, before.windows, strict=True):
+        ids, truth = mine[0].inputs["input_ids"], theirs[0].inputs["input_ids"].clone()
+        assert mine[0].inputs["index"].tolist() == theirs[0].inputs["index"].tolist()
+        assert bool((ids == 4).any())
+        stops, colons = truth == 4, truth == 5
+        truth[stops], truth[colons] = 5, 4
+        assert torch.equal(ids, truth)
+    again = go(ckpt=tmp_path / "after" / "last.ckpt", base=base, max_steps=7, folder="after")  # not asked again
+    assert again.trainer.global_step == 7
 
 
 def test_a_setting_that_changes_what_is_trained_is_named_as_the_cause(saved: Path, go: Any, rows: Any) -> None:

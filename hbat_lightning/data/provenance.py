@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hbat_lightning.data.fields import Row
@@ -13,7 +14,7 @@ from hbat_lightning.data.fields import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Change = Literal["data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives"]
+Change = Literal["data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward"]
 """What may differ, where a user says so, between the run that a checkpoint is of and the one that goes on from it."""
 
 
@@ -41,6 +42,15 @@ class RowPlaces:
 def digest(text: str) -> str:
     """A short digest of a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A digest of the bytes of some files, in order, wherever they lie."""
+    whole = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+    return whole.hexdigest()
 
 
 def contents_digest(rows: Iterable[Row]) -> str:

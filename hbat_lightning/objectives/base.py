@@ -99,6 +99,10 @@ class ObjectiveModule(AlignmentModule):
         """None, unless something trains beside the policy."""
         return ()
 
+    def identity(self) -> dict[str, tuple[str, str]]:
+        """Nothing, unless the objective learns from something beside its data."""
+        return {}
+
     def export(self, folder: Path) -> Sequence[str]:
         """Nothing to add to the exported policy."""
         return ()

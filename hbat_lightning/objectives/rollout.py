@@ -125,6 +125,10 @@ class RolloutModule(ObjectiveModule):
         """Load the reward."""
         self.reward.build(policy, device)
 
+    def identity(self) -> dict[str, tuple[str, str]]:
+        """The reward."""
+        return {"reward": self.reward.identity()}
+
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
     def roll_out(
