@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,9 @@ class GapPlan(Plan):
     with f the objective's loss when it was last seen, and the other way round, best less mean, where it is a reward. Every few
     steps both are measured, on the window that either would train on next; in between only that of the objective that trains
     is renewed, by what its window shows in training.
+
+    An objective whose measurement is no finite number has the largest gap: so the window that was measured trains next, and
+    whoever watches over training, as NonFiniteGuard does, finds it there.
 
     Args:
         rounds: Trainer epochs.
@@ -96,7 +100,13 @@ class GapPlan(Plan):
             self._take(objective)
 
     def _gaps(self) -> dict[str, float]:
-        return {name: weight * self._progress[name].gap(self.best[name]) for name, weight in self.weights.items()}
+        return {name: self._gap(name) for name in self.weights}
+
+    def _gap(self, objective: str) -> float:
+        gap = self._progress[objective].gap(self.best[objective])
+        if not math.isfinite(gap):
+            return math.inf if self.weights[objective] else 0.0
+        return self.weights[objective] * gap
 
     def _next(self, objective: str) -> Part:
         """The window that an objective trains on when it is chosen next."""

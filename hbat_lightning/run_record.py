@@ -180,6 +180,12 @@ def go_on(checkpoint: Mapping[str, Any], module: AlignmentModule, data: HybridDa
         return None
     require_same_run(was, module.record, data.accept_changes)
     (position,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    window = position["fingerprint"]["accumulate_grad_batches"]
+    if position["position"] % window:
+        raise UserError(
+            f"this checkpoint was saved after micro-batch {position['position'] % window} of a window of {window}, and holds "
+            "no gradients of them: go on from one that was saved between windows, as WindowCheckpoint saves them all"
+        )
     data.stream.follow(position, accepted=bool(data.accept_changes))
     return cast(Mapping[str, Any], was)
 

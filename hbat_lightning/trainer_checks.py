@@ -49,6 +49,9 @@ def _refusals(trainer: Any, plan: Plan) -> list[tuple[bool, str]]:
     rounds = len(plan.rounds)
     lengths = {sum(phase.windows for phase in phases) for phases in plan.rounds}
     half = str(trainer.precision) in ("bf16-true", "16-true")
+    # A share of the round is rounded to whole windows; given as a time, there is no val_check_interval at all.
+    in_batches = trainer._val_check_time_interval is None and isinstance(trainer.val_check_interval, int)
+    interval = trainer.val_check_interval if in_batches else None
     accumulation = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)
     return [
         (
@@ -81,8 +84,13 @@ def _refusals(trainer: Any, plan: Plan) -> list[tuple[bool, str]]:
             "trainer.val_check_interval to a number of micro-batches",
         ),
         (
-            trainer._val_check_time_interval is not None,  # then there is no val_check_interval at all
+            trainer._val_check_time_interval is not None,
             "a trainer.val_check_interval in time is not supported: give a number of micro-batches",
+        ),
+        (
+            interval is not None and interval % trainer.accumulate_grad_batches != 0,
+            f"trainer.val_check_interval {interval} would validate, and save, inside a window of "
+            f"{trainer.accumulate_grad_batches} micro-batches: give a multiple of trainer.accumulate_grad_batches",
         ),
         (
             len(lengths) > 1 and trainer.reload_dataloaders_every_n_epochs != 1,
@@ -95,7 +103,7 @@ def next_validation(trainer: Trainer, plan: Plan, batch_idx: int) -> None:
     """Have Lightning validate at the next end of a phase, or earlier where ``val_check_interval`` says so.
 
     Lightning validates after micro-batch i when ``(i + 1) % trainer.val_check_batch == 0``; with the next wanted point as
-    ``val_check_batch`` that is true at this point and nowhere before it.
+    ``val_check_batch`` that is true at this point and nowhere before it. A share of the round is rounded down to whole windows.
 
     Args:
         trainer: The running trainer.
@@ -104,11 +112,12 @@ def next_validation(trainer: Trainer, plan: Plan, batch_idx: int) -> None:
     """
     if trainer.current_epoch >= len(plan.rounds):
         return
-    done, end = max(batch_idx, 0) + 1, 0
+    done, end, window = max(batch_idx, 0) + 1, 0, trainer.accumulate_grad_batches
     for phase in plan.rounds[trainer.current_epoch]:
-        end += phase.windows * trainer.accumulate_grad_batches
+        end += phase.windows * window
         if end >= done:
             break
     interval = trainer.val_check_interval
-    every = interval if isinstance(interval, int) else int(trainer.num_training_batches * interval)
-    trainer.val_check_batch = min(end, -(-done // max(1, every)) * max(1, every))
+    share = int(trainer.num_training_batches * interval) // window * window
+    every = interval if isinstance(interval, int) else min(max(window, share), int(trainer.num_training_batches))
+    trainer.val_check_batch = min(end, -(-done // every) * every)

@@ -39,6 +39,10 @@ def trainer(**settings: Any) -> Trainer:
         ({"precision": "bf16-true"}, "precision bf16-true would cast trained tensors.*bf16-mixed"),
         ({"check_val_every_n_epoch": None, "val_check_interval": 5}, "check_val_every_n_epoch null is not supported"),
         ({"val_check_interval": "00:00:10:00"}, "val_check_interval in time is not supported"),
+        (
+            {"val_check_interval": 6, "accumulate_grad_batches": 4},
+            "val_check_interval 6 would validate, and save, inside a window of 4 micro-batches: give a multiple",
+        ),
         ({"reload_dataloaders_every_n_epochs": 0}, "rounds differ in length: pass reload_dataloaders_every_n_epochs=1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -58,7 +62,7 @@ def test_settings_that_cannot_be_honoured_are_refused(settings: Any, message: st
         {"max_epochs": -1, "max_steps": 3},
         {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 0},  # rounds of one length need no reload
         {"max_epochs": 2, "precision": "bf16-mixed"},
-        {"max_epochs": 2, "val_check_interval": 4},
+        {"max_epochs": 2, "val_check_interval": 4, "accumulate_grad_batches": 2},
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"max_epochs": 2, "limit_val_batches": 0},
         {"fast_dev_run": 2},
@@ -112,8 +116,10 @@ def test_validation_falls_at_every_end_of_a_phase() -> None:
 
 
 def test_validation_falls_between_them_where_an_interval_says_so() -> None:
-    assert validations(EQUAL, 5, accumulate=4) == [[5, 10, 12, 15, 20]] * 2
-    assert validations(EQUAL, 0.25, accumulate=4) == [[5, 10, 12, 15, 20]] * 2
+    assert validations(EQUAL, 8, accumulate=4) == [[8, 12, 16, 20]] * 2
+    assert validations(EQUAL, 0.4, accumulate=4) == [[8, 12, 16, 20]] * 2
+    for share in (0.25, 0.3, 0.01):  # whole windows, and at least one
+        assert validations(EQUAL, share, accumulate=4) == [[4, 8, 12, 16, 20]] * 2
     assert validations(EQUAL, 1, accumulate=1) == [[1, 2, 3, 4, 5]] * 2
     assert validations(EQUAL, 100, accumulate=4) == [[12, 20]] * 2
 

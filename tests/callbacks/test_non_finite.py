@@ -38,6 +38,14 @@ class BadRow(SFTModule):
         return sums
 
 
+class BadPairs(DPOModule):
+    """Pairs whose loss is no number, whoever asks."""
+
+    def loss(self, policy: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        sums = super().loss(policy, inputs)
+        return sums | {"loss": (sums["loss"][0] * math.nan, sums["loss"][1])}
+
+
 class Poison(Callback):
     """Makes a tensor's gradient infinite in single micro-batches."""
 
@@ -317,6 +325,26 @@ def test_a_schedule_by_losses_does_not_hear_of_it(make_hybrid: Any, fit: Any, ma
     done = fit(module, NonFiniteGuard("skip", limit=100), Listen(), data=make_data())
     assert any(math.isnan(loss) for loss in done.log.column("train/instruction/loss"))
     assert all(map(math.isfinite, heard))
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_bad_measurement_of_a_schedule_by_losses_is_heard_in_the_window_that_trains_next(
+    action: Any, make_hybrid: Any, fit: Any, make_data: Any, tmp_path: Path
+) -> None:
+    """Measured at step 0, where instructions have by far the larger gap."""
+    module = make_hybrid(
+        instruction=SFTModule(), preference=BadPairs(), schedule=MaxGap(1, 6, 0.01, instruction_best=-9.0, refresh=100)
+    )
+    settings = {"data": make_data(), "accumulate_grad_batches": 1}
+    if action == "stop":
+        with pytest.raises(UserError, match=r"not finite at optimizer step 0 \(.*preference\), .*row \d"):
+            fit(module, NonFiniteGuard(), **settings)
+        return
+    done = fit(module, NonFiniteGuard("skip", limit=3), max_steps=2, **settings)
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1], "until the loss is finite, or the limit is reached"
+    assert all(part["objective"] == "preference" for line in lines for part in line["micro_batches"])
+    assert done.log.column("gap/preference") == [math.inf] * 2
 
 
 def test_exact_fisher_leaves_bad_rows_out() -> None:
