@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.files import PARTIAL
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import newest_first
+from hbat_lightning.slurm import requeue, take_over_requeueing
 from hbat_lightning.stop_signals import StopSignals
 from hbat_lightning.trainer_checks import is_dry_run
 from hbat_lightning.training_data import MicroBatch
@@ -30,7 +32,8 @@ class WindowCheckpoint(ModelCheckpoint):
 
     SIGTERM, as a job scheduler sends it, and Ctrl-C stop the run at the next such place: the window in hand is finished, a
     validation that is due or under way too, and a checkpoint is saved. During the sanity check, before anything is
-    trained, they stop it at once; so does a second Ctrl-C, and leaves the checkpoint before.
+    trained, they stop it at once; so does a second Ctrl-C, and leaves the checkpoint before. The signal that a job of SLURM has
+    asked for with ``--signal`` stops a run as SIGTERM does, and puts the job back into the queue.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints inside a phase; only at switches when not given.
@@ -51,6 +54,7 @@ class WindowCheckpoint(ModelCheckpoint):
         )
         self.every_n_train_steps = every_n_train_steps
         self._signals = StopSignals()
+        self._for_requeue: signal.Signals | None = None
         self._written: list[Path] = []
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
@@ -59,10 +63,12 @@ class WindowCheckpoint(ModelCheckpoint):
         """Forget what an earlier run was asked."""
         super().setup(trainer, pl_module, stage)
         self._signals = StopSignals()
+        if stage == "fit":
+            self._for_requeue = take_over_requeueing(trainer) or self._for_requeue
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals: Lightning has set its own handlers by now, which would stop inside a window."""
-        self._signals.listen()
+        self._signals.listen(self._for_requeue)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop a sanity check; there is nothing to lose yet."""
@@ -73,7 +79,7 @@ class WindowCheckpoint(ModelCheckpoint):
         """Listen for signals, where there was no sanity check."""
         super().on_train_start(trainer, pl_module)
         self._take_stock(trainer)
-        self._signals.listen()
+        self._signals.listen(self._for_requeue)
         self._stop_if_asked(trainer)
 
     def on_train_batch_end(
@@ -92,7 +98,7 @@ class WindowCheckpoint(ModelCheckpoint):
             _log_ahead(trainer)
             self._save_now(trainer)
         if asked:
-            self._signals.stop()
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after validation."""
@@ -134,7 +140,12 @@ class WindowCheckpoint(ModelCheckpoint):
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if self._asked_to_stop(trainer):
-            self._signals.stop()
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._signals.wants_requeue, all=False) and trainer.is_global_zero:
+            requeue()
+        self._signals.stop()
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 

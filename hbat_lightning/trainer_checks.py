@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from hbat_lightning.errors import UserError
 from hbat_lightning.schedules import Plan
+from hbat_lightning.slurm import take_over_requeueing
 from hbat_lightning.strategies import strategy_refusals
 
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
@@ -40,6 +41,8 @@ def check_trainer(trainer: Trainer, plan: Plan) -> None:
     if trainer.max_epochs in (None, -1) or LIGHTNING_DEFAULT_EPOCHS == trainer.max_epochs > rounds:
         trainer.fit_loop.max_epochs = rounds
         rank_zero_info(f"max_epochs follows the schedule: {rounds}")
+    if take_over_requeueing(trainer) is not None:
+        rank_zero_info("SLURM's requeueing is off: there is no WindowCheckpoint to go on from")
     for refused, message in _refusals(trainer, plan):
         if refused:
             raise UserError(message)

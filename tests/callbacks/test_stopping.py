@@ -12,9 +12,12 @@ import torch
 from lightning.pytorch import Callback
 
 from hbat_lightning.callbacks import SwitchReport, WindowCheckpoint
+from hbat_lightning.errors import UserError
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.run_folder import newest_first
 from hbat_lightning.schedules import Interval
+from hbat_lightning.slurm import requeue
+from tests.support import same_bits
 
 
 class Sender(Callback):
@@ -92,6 +95,77 @@ def test_a_run_that_was_stopped_can_be_run_again_with_the_same_callback(make_hyb
     checkpoint = WindowCheckpoint(1)
     ended(fit, make_hybrid(), Sender(signal.SIGTERM, "micro-batch", 1), checkpoint)
     assert fit(make_hybrid(), checkpoint, enable_checkpointing=True).trainer.global_step > 1
+
+
+# ---- SLURM ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A job of SLURM as Lightning recognises it; the file holds what its ``scontrol`` was asked."""
+    variables = {"NTASKS": "1", "JOB_ID": "4711", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    asked, tool = tmp_path / "asked", tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> "{asked}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    return asked
+
+
+def test_a_job_that_is_requeued_goes_on_to_the_same_bits(job: Path, make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
+    """SIGUSR1 in the middle of a window, where Lightning itself would save: the window is finished first."""
+    before = signal.getsignal(signal.SIGUSR1)
+    schedule = Interval(2, 3, 2)
+
+    def keep(folder: str) -> WindowCheckpoint:
+        return WindowCheckpoint(None, str(tmp_path / folder))
+
+    whole = fit(make_hybrid(schedule=schedule), keep("whole"), enable_checkpointing=True)
+    assert not job.exists()
+    sender = Sender(signal.SIGUSR1, "micro-batch", 5)
+    assert ended(fit, make_hybrid(schedule=schedule), sender, keep("parts")) == (143, False)
+    assert job.read_text() == "requeue 4711\n"
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert list(tmp_path.glob("hpc_ckpt*")) == []
+    last = tmp_path / "parts" / "last.ckpt"
+    assert last.resolve().name == "step=2.ckpt"
+    rest = fit(make_hybrid(schedule=schedule), keep("parts"), ckpt_path=last, enable_checkpointing=True)
+    assert same_bits(rest.weights, whole.weights)
+
+
+def test_a_task_of_an_array_is_requeued_by_its_own_number_and_failure_is_said(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeue()
+    assert job.read_text() == "requeue 12_3\n"
+    (job.parent / "bin" / "scontrol").write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
+    with pytest.warns(UserWarning, match=r"scontrol requeue 12_3 failed \(no such job\): submit the job again"):
+        requeue()
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match=r"failed \(.*scontrol.*\): submit"):
+        requeue()
+
+
+def test_without_its_checkpoints_nothing_is_requeued(job: Path, make_hybrid: Any, fit: Any) -> None:
+    done = fit(make_hybrid(), max_steps=1)
+    assert done.trainer._accelerator_connector.cluster_environment.auto_requeue is False
+
+
+def test_a_file_that_was_saved_inside_a_window_is_refused(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
+    """As Lightning would save it; its weights can be looked at."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    fit(make_hybrid(), Save(), max_steps=2)
+    with pytest.raises(UserError, match="saved after micro-batch 2 of a window of 3, and holds no gradients of them"):
+        fit(make_hybrid(), ckpt_path=tmp_path / "inside.ckpt")
 
 
 class Breaks(WindowCheckpoint):
