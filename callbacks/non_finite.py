@@ -17,6 +17,7 @@ from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import RowPlaces
 from hbat_lightning.errors import UserError
+from hbat_lightning.files import append_text, replace_text, whole_lines
 from hbat_lightning.privacy import without_keys
 from hbat_lightning.trainer_checks import is_dry_run, scaler_of
 from hbat_lightning.training_data import MicroBatch
@@ -61,9 +62,8 @@ class NonFiniteGuard(Callback):
         path = self.path(trainer)
         if is_dry_run(trainer) or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] < trainer.global_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] < trainer.global_step]
+        replace_text(path, "".join(kept))
         if not kept:
             path.unlink()
 
@@ -111,8 +111,7 @@ class NonFiniteGuard(Callback):
         path, said = self.path(trainer), window.describe()
         if not is_dry_run(trainer):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(without_keys(json.dumps(window.report() | {"action": self.action})) + "\n")
+            append_text(path, without_keys(json.dumps(window.report() | {"action": self.action})) + "\n", sync=True)
         look = f"; {path} has its rows, losses and gradients"
         if self.action == "stop":
             raise UserError(

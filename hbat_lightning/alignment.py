@@ -393,7 +393,8 @@ class AlignmentModule(LightningModule):
             )
         training = self.trainer.state.fn == TrainerFn.FITTING
         if training:
-            self._gone_on_from = go_on(checkpoint, self, self.data)
+            with self.ranks.together():
+                self._gone_on_from = go_on(checkpoint, self, self.data)
             check_trainer(self.trainer, self.plan)  # it may be laid out anew
         adopt_state(checkpoint, self.policy, training, own_parameters(self))
         if not training:

@@ -160,6 +160,22 @@ def test_going_on_after_a_skipped_step_is_exact(make_hybrid: Any, fit: Any, tmp_
     assert (tmp_path / "nonfinite.jsonl").read_text() == file
 
 
+def test_a_line_that_was_torn_as_it_was_written_is_dropped(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
+    """A process that was killed leaves half a line; the step is done again by the run that goes on."""
+
+    def run(**settings: Any) -> None:
+        keep = WindowCheckpoint(1, str(tmp_path / "kept"))
+        callbacks = (NonFiniteGuard("skip"), Poison(0, 2), keep)
+        fit(make_hybrid(), *callbacks, enable_checkpointing=True, **settings)
+
+    run(max_steps=1)
+    file = tmp_path / "nonfinite.jsonl"
+    before = file.read_text()
+    file.write_text(before + '{"step": 2, "pha')
+    run(max_steps=2, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert file.read_text() == before
+
+
 def test_steps_in_a_row_end_the_run_and_are_counted_over_a_resume(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
     def run(*bad: int, **settings: Any) -> Run:
         keep = WindowCheckpoint(1, str(tmp_path / "kept"))
