@@ -75,7 +75,7 @@ def test_it_goes_on_bit_identical_from_the_middle_of_either_phase(
         module = make_hybrid(
             make_policy(**settings),
             preference=DPOModule(beta=0.5, lr=2e-3),
-            schedule=Rounds(2, 2, 2),
+            schedule=Rounds(2, 1, 1),
             optimizer=lambda parameters: optimizer(parameters, lr=1e-3),
             optimizer_state=optimizer_state,
         )
@@ -99,14 +99,14 @@ def test_it_goes_on_bit_identical_from_the_middle_of_either_phase(
         optimizer is bnb.optim.AdamW8bit
     )
     lengths = [phase.windows for phase in whole.module.plan.phases]
-    assert lengths == [8, 4, 8, 4]
+    assert lengths == [4, 2, 4, 2]
     parts = []
-    for stop in (8 + 4 + 3, 8 + 4 + 8 + 2):  # in the second round's phases, so that EWC has something to hold
+    for stop in (4 + 2 + 2, 4 + 2 + 4 + 1):  # in the second round's phases, so that EWC has something to hold
         part, _ = run("parts", last if parts else None, max_steps=stop)
         assert part.trainer.global_step == stop
         parts.append(part)
     rest, end = run("parts", last)
-    assert rest.trainer.global_step == whole.trainer.global_step == 24
+    assert rest.trainer.global_step == whole.trainer.global_step == 12
     assert same_bits(truth, end)
     for name in ("train/instruction/loss", "train/preference/loss", "ewc/penalty", "lr"):
         pieces = [value for part in (*parts, rest) for value in part.log.column(name)]
