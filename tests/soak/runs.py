@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from tests.soak.traps import Stop, Traps
+from tests.soak.traps import Fault, Stop, Traps
 
 FOLDER = "run"  # in the directory where the command is given, so that no file differs by its place
-FINISHED, TERMINATED, INTERRUPTED, BROKEN = 0, 143, 130, 70
+FINISHED, REFUSED, TERMINATED, INTERRUPTED, BROKEN = 0, 2, 143, 130, 70
 SECONDS = 1500
 """No run of these takes as long, even on a machine that is busy with other things."""
 
@@ -38,7 +38,9 @@ class Outcome:
     seconds: float
 
     def is_of(self, stop: Stop) -> bool:
-        """Whether it ended as the signal must end it, wherever it came; one that comes late may find a finished run."""
+        """Whether it ended as it must, wherever the stop came; one that comes late may find a finished run."""
+        if isinstance(stop.signal, Fault):
+            return self.code in (BROKEN, REFUSED, FINISHED)
         asked = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
         return self.code in (-stop.signal, asked.get(stop.signal, -stop.signal), FINISHED)
 
@@ -169,7 +171,7 @@ def _leave(code: int, traps: Traps | None) -> NoReturn:
 
 
 def _wait(child: int, began: float, stop: Stop | None, patience: float | None = SECONDS) -> Outcome:
-    if stop is not None and stop.place == "time":
+    if stop is not None and stop.place == "time" and not isinstance(stop.signal, Fault):
         time.sleep(stop.count / 1000)
         os.kill(child, stop.signal)  # not reaped yet, so the number is still its own
     while True:

@@ -2,8 +2,8 @@
 
     python -m tests.soak.soak --seed 0 --stops 200 --folder /tmp/soak --results soak.md
 
-Every stop is a real signal to a real process. Runs lie in ``--folder``; those that fail stay there, with their output in
-``log.txt``. Exit code 1 says that one did.
+Every stop is a real signal to a real process, or an exception or a full disk in it. Runs lie in ``--folder``; those that
+fail stay there, with their output in ``log.txt``. Exit code 1 says that one did.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ import torch
 import hbat_lightning.cli  # noqa: F401  as above
 from tests.soak.runs import FINISHED, FOLDER, Commands, Launcher, Outcome, differences, with_launcher
 from tests.soak.scenarios import KINDS, Dealer, Scenario
-from tests.soak.traps import Stop
+from tests.soak.traps import Fault, Stop
 
 LIVES = 3
 """Runs that are stopped, for each one that is not."""
 MOST = 8
 """Stops of one run."""
 SIGNALS = {signal.SIGKILL: 6, signal.SIGTERM: 2, signal.SIGINT: 2}
+FAULTS = {Fault.EXCEPTION: 2, Fault.FULL_DISK: 2}
+"""How often each is drawn; faults do not come by the clock."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Life:
         kind: Of the scenario.
         scenario: In words.
         stops: What it met, in words, with the exit code.
-        signals: The signals that it was stopped by.
+        signals: The signals and faults that it was stopped by.
         failures: What went wrong: differences, or an end that no signal explains.
     """
 
@@ -65,11 +67,14 @@ def draw_stop(rng: random.Random, counts: dict[str, int], seconds: float) -> Sto
         counts: How often a whole run comes to each place.
         seconds: How long it takes.
     """
-    number = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     if not counts or rng.random() < 0.2:
-        return Stop(number, "time", int(1000 * rng.uniform(0.2, seconds)))
+        return Stop(_weighed(rng, SIGNALS), "time", int(1000 * rng.uniform(0.2, seconds)))
     place = rng.choice(sorted(counts))
-    return Stop(number, place, 1 + int(counts[place] * rng.random() ** 2))
+    return Stop(_weighed(rng, SIGNALS | FAULTS), place, 1 + int(counts[place] * rng.random() ** 2))
+
+
+def _weighed(rng: random.Random, weights: dict[Any, int]) -> Any:
+    return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def live(launcher: Launcher | Commands, place: Path, life: Life, next_stop: Callable[[], Stop], most: int) -> Life:
@@ -150,7 +155,7 @@ def table(lives: list[Life]) -> str:
     settings = Counter(setting for life in lives for setting in _settings(life) for _ in life.stops)
     by_signal = Counter(name for life in lives for name in life.signals)
     places = Counter(_place(stop) for life in lives for stop in life.stops)
-    lines += ["", "By signal: " + ", ".join(f"{name} {count}" for name, count in by_signal.most_common()) + "."]
+    lines += ["", "By kind of stop: " + ", ".join(f"{name} {count}" for name, count in by_signal.most_common()) + "."]
     lines += ["", "By setting: " + "; ".join(f"{name} {count}" for name, count in settings.most_common()) + "."]
     lines += ["", "By place: " + "; ".join(f"{place} {count}" for place, count in places.most_common()) + "."]
     return "\n".join(lines)

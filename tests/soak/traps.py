@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import enum
+import errno
 import os
 import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Fault(enum.Enum):
+    """What else ends a run than a signal."""
+
+    EXCEPTION = "an exception"
+    FULL_DISK = "a full disk"
+
+    def happen(self) -> NoReturn:
+        """End the run."""
+        if self is Fault.FULL_DISK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RuntimeError("nobody expects this")
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A signal to a run.
+    """A signal to a run, or a fault in it.
 
     Attributes:
         signal: Which.
@@ -20,7 +35,7 @@ class Stop:
         count: How often the place is reached until then; of the clock, milliseconds.
     """
 
-    signal: signal.Signals
+    signal: signal.Signals | Fault
     place: str
     count: int
 
@@ -45,6 +60,8 @@ class Traps:
         self.counts[place] += 1
         stop = self.stop
         if stop is not None and place == stop.place and self.counts[place] == stop.count:
+            if isinstance(stop.signal, Fault):
+                stop.signal.happen()
             os.kill(os.getpid(), stop.signal)
 
     def around(self, owner: Any, name: str, place: str) -> None:
