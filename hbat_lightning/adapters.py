@@ -64,6 +64,13 @@ def attach_adapter(
     return cast(PeftModel, adapted)
 
 
+def put_in_order(config: PeftConfig) -> None:
+    """Give the names in a configuration an order: PEFT keeps them in sets, and a file would differ from process to process."""
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+
+
 def add_frozen_twin(adapted: PeftModel, name: str) -> dict[str, Tensor]:
     """Add a frozen adapter with the values that the trained one has now.
 

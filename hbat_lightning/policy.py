@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hbat_lightning.adapters import TRAINED, LoraSettings, active_adapters, add_adapter, add_frozen_twin, attach_adapter
+from hbat_lightning.adapters import (
+    TRAINED,
+    LoraSettings,
+    active_adapters,
+    add_adapter,
+    add_frozen_twin,
+    attach_adapter,
+    put_in_order,
+)
 from hbat_lightning.base_model import (
     BaseSpec,
     DType,
@@ -390,6 +398,7 @@ class Policy(nn.Module):
         if self.lora is None:
             model.save_pretrained(folder)
         else:
+            put_in_order(model.peft_config[TRAINED])
             # Asked to decide by itself, PEFT would look the base up on the hub.
             model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
         self.tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -351,6 +352,9 @@ def test_an_exported_adapter_gives_the_same_logits_in_plain_peft(
         assert torch.equal(plain(ids).logits, policy.model(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == policy.tokenizer.get_vocab()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []  # no snapshot beside it
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) in (2, 14)
+    assert names == sorted(names), "every process writes the same file"
 
 
 def test_an_exported_full_model_gives_the_same_logits_in_plain_transformers(
