@@ -87,7 +87,7 @@ def pack(inputs: dict[str, Tensor], share: bool) -> Layout:
     groups: dict[object, list[tuple[int, np.ndarray[Any, Any], int]]] = {}
     for row in range(len(ids)):
         columns = np.flatnonzero(mask[row])
-        own = np.flatnonzero(supervised[row, columns]) if supervised is not None else []
+        own = columns[:0] if supervised is None else np.flatnonzero(supervised[row, columns])
         prompt = int(own[0]) if len(own) else len(columns)
         key = ids[row, columns[:prompt]].tobytes() if supervised is not None and prompt else row
         groups.setdefault(key, []).append((row, columns, prompt))
@@ -167,7 +167,7 @@ def _attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
     sizes = [piece.length for piece in layout.pieces]
-    queries, keys, values = (whole.split(sizes, dim=2) for whole in (query, key, value))
+    queries, keys, values = (torch.split(whole, sizes, dim=2) for whole in (query, key, value))
     outputs = []
     for number, piece in enumerate(layout.pieces):
         k, v = keys[number], values[number]

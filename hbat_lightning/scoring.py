@@ -198,7 +198,7 @@ class CausalScorer:
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         vocabulary = cast(Any, self._head).out_features
-        return torch.split(rows, rows_per_chunk(vocabulary))
+        return torch.split(rows, rows_per_chunk(vocabulary, rows.device.type))
 
     # ---- what the model does around its output layer --------------------------------------------------------------
 
@@ -254,7 +254,9 @@ class CausalScorer:
         if not layout.local <= {None, *layout.windows}:
             return "its attention is cut into chunks"
         # Asked in this way round, the answer is yes for tensors without values, as a memory plan has them.
-        same = (packed - padded).abs().max() <= 0 or padded.abs().max() * self._tolerance > (packed - padded).abs().max()
+        same = (packed - padded).abs().max() <= 0 or padded.abs().max() * self._tolerance > (
+            packed - padded
+        ).abs().max()
         return "" if same else "hidden states would differ"
 
     @property

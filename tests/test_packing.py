@@ -25,10 +25,17 @@ PACKED: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED | {"head_dim": 16},
     "qwen3_moe": GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "phi3": GROUPED | {"pad_token_id": 0},
-    "gemma3_text": GROUPED | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": GROUPED
+    | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": GROUPED | {"logits_scaling": 4.0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
-    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    },
     "gpt_neox": SIZES | {"rotary_pct": 0.5},
 }
 PADDED: dict[str, tuple[dict[str, Any], str]] = {
@@ -43,7 +50,12 @@ PADDED: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_next": (
         GROUPED
         | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}
-        | {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        | {
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
         "1 of 2 layers",
     ),
 }

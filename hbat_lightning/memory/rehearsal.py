@@ -29,7 +29,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
-from hbat_lightning.memory.precision import lists_of
+from hbat_lightning.memory.precision import chunks_of, lists_of
 from hbat_lightning.memory.rewards import own_weights, planned
 from hbat_lightning.memory.sampling import generation_of
 from hbat_lightning.objective import Objective
@@ -88,7 +88,7 @@ def rehearse(settings: RunSettings, tick: Callable[[str], None]) -> list[Moment]
     tick("loading")
     with tracker.moment("loading", moments):
         base = build_base(settings.module.policy.spec, settings.config, fake, tracker)
-    with fake, tracker, lists_of(settings.gpu):
+    with fake, tracker, lists_of(settings.gpu), chunks_of(settings.gpu):
         _Rehearsal(settings, tracker, moments, tick).run(base)
     return moments
 
