@@ -7,7 +7,7 @@ the backward pass. Here the product with B adds to that output as it goes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -44,9 +44,9 @@ class _InOneProduct(LoraVariant):  # type: ignore[misc]
         scale = float(module.scaling[active_adapter])
         rows = down(module.lora_dropout[active_adapter](x))
         if rows.dtype != result.dtype:
-            return result + (up(rows) * scale).to(
-                result.dtype if torch.is_autocast_enabled(x.device.type) else rows.dtype
-            )
+            product: Tensor = up(rows) * scale
+            dtype = result.dtype if torch.is_autocast_enabled(x.device.type) else product.dtype
+            return torch.add(result, product.to(dtype))
         # What a bias has been added to may be a view of another shape, and what is a view is not for others to write to.
         total = result.clone() if result._is_view() else result
         apply: Callable[..., Tensor] = _AddProduct.apply
@@ -77,6 +77,6 @@ def add_in_one_product(adapted: PeftModel, name: str) -> None:
     layers: list[Any] = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
     for layer in layers:
         if name in layer.lora_A and name not in layer.lora_variant:
-            down, up = cast(Any, layer.lora_A[name]), cast(Any, layer.lora_B[name])
-            if type(down) is nn.Linear and type(up) is nn.Linear and up.bias is None:
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            if type(down) is nn.Linear and type(up) is nn.Linear and len(list(up.parameters())) == 1:
                 layer.lora_variant[name] = _InOneProduct()
