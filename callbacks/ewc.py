@@ -107,15 +107,24 @@ class ElasticWeightConsolidation(ImportanceCallback):
     def _pull(
         self, trained: dict[str, torch.nn.Parameter], gradients: dict[str, Tensor], anchors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        names = list(gradients)  # what has no gradient does not move, so it needs no pull
-        grads = [gradients[name] for name in names]
-        task_norm = _norm(grads)
-        pulls = torch._foreach_sub([trained[name].detach() for name in names], [anchors[name] for name in names])
-        squares = [(self._factors[name] * pull.square()).sum() for name, pull in zip(names, pulls, strict=True)]
-        doubled: list[Any] = [2.0 * self._factors[name] for name in names]
-        torch._foreach_mul_(pulls, doubled)
-        torch._foreach_add_(grads, list(pulls))
-        return {"penalty": torch.stack(squares).sum(), "pull_norm": _norm(list(pulls)), "task_gradient_norm": task_norm}
+        parts = []
+        for names in _pieces(gradients):  # what has no gradient does not move, so it needs no pull
+            grads, factors = [gradients[name] for name in names], [self._factors[name] for name in names]
+            task = torch._foreach_norm(grads)
+            pulls = list(
+                torch._foreach_sub([trained[name].detach() for name in names], [anchors[name] for name in names])
+            )
+            squares = [_weighted_square(*pair) for pair in zip(factors, pulls, strict=True)]
+            doubled: list[Any] = [2.0 * factor for factor in factors]
+            torch._foreach_mul_(pulls, doubled)
+            torch._foreach_add_(grads, pulls)
+            parts += list(zip(squares, torch._foreach_norm(pulls), task, strict=True))
+        squares, pull_norms, task_norms = (list(column) for column in zip(*parts, strict=True))
+        return {
+            "penalty": torch.stack(squares).sum(),
+            "pull_norm": _total(pull_norms),
+            "task_gradient_norm": _total(task_norms),
+        }
 
     # ---- switches -------------------------------------------------------------------------------------------------
 
@@ -153,6 +162,27 @@ class ElasticWeightConsolidation(ImportanceCallback):
             )
 
 
+def _pieces(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """Names of what is worked on at once.
+
+    On a GPU everything, in few launches. On a CPU one tensor after the other, which then stays in the caches for all that is
+    done with it.
+    """
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
+    return [[name] for name in tensors] if on_cpu else [list(tensors)]
+
+
+def _weighted_square(factor: Tensor | float, pull: Tensor) -> Tensor:
+    """``sum(factor · pull²)``; for one factor, without a tensor of squares."""
+    if isinstance(factor, float):
+        square: Tensor = torch.linalg.vector_norm(pull).square()
+        return factor * square
+    return (factor * pull.square()).sum()
+
+
 def _norm(tensors: list[Tensor]) -> Tensor:
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
-    return norms.square().sum().sqrt()
+    return _total(list(torch._foreach_norm(tensors)))
+
+
+def _total(norms: list[Tensor]) -> Tensor:
+    return torch.stack([norm.float() for norm in norms]).square().sum().sqrt()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hbat_lightning.errors import UserError
+from hbat_lightning.low_rank import add_in_one_product
 
 TRAINED = "default"  # PEFT's own name of the first adapter; an exported folder has no name in its keys
 
@@ -61,6 +62,7 @@ def attach_adapter(
     if adapter_path is not None:
         _load_adapter_weights(adapted, adapter_path, lora)
     adapted.peft_config[TRAINED].base_model_name_or_path = base_name
+    add_in_one_product(adapted, TRAINED)
     return cast(PeftModel, adapted)
 
 
@@ -86,6 +88,7 @@ def add_frozen_twin(adapted: PeftModel, name: str) -> dict[str, Tensor]:
     trained = [key for key, value in adapted.named_parameters() if value.requires_grad and f".{TRAINED}." in key]
     flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
     adapted.add_adapter(name, config)
+    add_in_one_product(adapted, name)
     adapted.set_adapter(TRAINED)
     values = dict(adapted.named_parameters())
     for key, trains in flags.items():
@@ -111,6 +114,7 @@ def add_adapter(adapted: PeftModel, name: str, lora: LoraSettings, folder: str |
     """
     flags = {key: value.requires_grad for key, value in adapted.named_parameters()}
     adapted.add_adapter(name, _config(lora))
+    add_in_one_product(adapted, name)
     if folder is not None:
         _load_adapter_weights(adapted, folder, lora, name)
     adapted.set_adapter(TRAINED)

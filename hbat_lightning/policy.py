@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -37,6 +37,7 @@ from hbat_lightning.base_model import (
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings, complete
 from hbat_lightning.model_card import ADAPTER, MODEL, Weights
+from hbat_lightning.packing import attending_again
 from hbat_lightning.scoring import CausalScorer, TokenScores
 
 Reference = Literal["phase_start", "initial", "base"]
@@ -58,6 +59,8 @@ class Policy(nn.Module):
         lora: Adapter settings; ``null`` trains every parameter.
         adapter_path: A PEFT folder to go on from; its rank and layers must be those of ``lora``.
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant).
+        packing: Run batches without padding, and a prompt that several rows share once (both answers of a pair do), where
+            the model is found to give the same hidden states so; ``false`` runs them as they are.
         dtype: Storage type of the base; ``auto`` is the type of the files, bfloat16 beside quantised layers, and
             float32 in a full fine-tune.
         revision: Hub revision.
@@ -74,6 +77,7 @@ class Policy(nn.Module):
         lora: LoraSettings | None = _DEFAULT_LORA,
         adapter_path: str | None = None,
         gradient_checkpointing: bool = False,
+        packing: bool = True,
         dtype: DType = "auto",
         revision: str | None = None,
         attn_implementation: str | None = None,
@@ -96,6 +100,7 @@ class Policy(nn.Module):
         self.lora = lora
         self.adapter_path = adapter_path
         self.gradient_checkpointing = gradient_checkpointing
+        self.packing = packing
         self.model: nn.Module | None = None
         self.frozen_copies = nn.ModuleDict()
         self.base_fingerprint = ""
@@ -151,9 +156,17 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def _recomputation(self) -> tuple[Any, Any]:
-        """Contexts of a checkpointed layer's two passes: the second, in the backward pass, sees the first one's adapters."""
+        """Contexts of a checkpointed layer's two passes: the second, in the backward pass, runs as the first one did.
+
+        With the same adapters, that is, and the same attention.
+        """
         active = list(self._adapter_layers[0]._active_adapter) if self._adapter_layers else []
-        return contextlib.nullcontext(), active_adapters(self._adapter_layers, active)
+        return contextlib.nullcontext(), self._as_before(active, attending_again())
+
+    @contextlib.contextmanager
+    def _as_before(self, active: list[str], attention: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        with active_adapters(self._adapter_layers, active), attention:
+            yield
 
     def add_snapshots(self, references: Iterable[Reference]) -> list[str]:
         """Take the frozen snapshots that these references need, of the policy as it is now; none twice.
@@ -211,7 +224,7 @@ class Policy(nn.Module):
         if self.lora is None:
             frozen = copy.deepcopy(self._model).requires_grad_(False).eval()
             self.frozen_copies[name] = frozen
-            self._frozen_scorers[name] = CausalScorer(frozen)
+            self._frozen_scorers[name] = CausalScorer(frozen, self.packing)
             values = dict(frozen.named_parameters())
             self._snapshots[name] = {key: values[key] for key in trained}
             return
@@ -326,7 +339,7 @@ class Policy(nn.Module):
 
     @cached_property
     def _scorer(self) -> CausalScorer:
-        return CausalScorer(self._model)
+        return CausalScorer(self._model, self.packing)
 
     def score(self, inputs: dict[str, Tensor], with_correct: bool = False, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities of the supervised tokens under the policy.

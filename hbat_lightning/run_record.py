@@ -127,6 +127,7 @@ def _settings(module: AlignmentModule, data: HybridDataModule, optimizer: Optimi
             "dtype": spec.dtype,
             "attn_implementation": spec.attn_implementation,
             "gradient_checkpointing": module.policy.gradient_checkpointing,
+            "packing": module.policy.packing,
         },
         "data": {
             **{name: asdict(data.source(name)) for name in module.objectives},

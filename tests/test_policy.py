@@ -91,7 +91,7 @@ def test_chunks_leave_scores_and_gradients_unchanged(
     truth = sequence_log_probs(logits, batch["labels"])
     trained = policy.trained_parameters()
     slopes = torch.autograd.grad(truth.mean(), list(trained.values()))
-    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 3 * logits.shape[-1])  # the batch has more than three tokens
+    monkeypatch.setattr(log_probs, "CPU_CHUNK_ELEMENTS", 3 * logits.shape[-1])  # the batch has more than three tokens
     sums, gradient = gradients(policy, batch)
     assert torch.allclose(sums, truth, rtol=1e-12)
     for name, slope in zip(trained, slopes, strict=True):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MiB in fp32
+# On a CPU smaller pieces stay nearer to its caches, and with 131 rows of a vocabulary of 32,000 its products are as fast.
+CPU_CHUNK_ELEMENTS = 2**22
 
 
 def selected_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -29,9 +31,14 @@ def selected_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return picked - torch.logsumexp(wide, dim=-1)
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """How many rows of logits are made at a time, so that they stay within :data:`CHUNK_ELEMENTS`."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def rows_per_chunk(vocabulary: int, device: str = "cuda") -> int:
+    """How many rows of logits are made at a time: within :data:`CHUNK_ELEMENTS`, on a CPU :data:`CPU_CHUNK_ELEMENTS`.
+
+    Args:
+        vocabulary: Logits in a row.
+        device: Type of the device.
+    """
+    return max(1, (CPU_CHUNK_ELEMENTS if device == "cpu" else CHUNK_ELEMENTS) // vocabulary)
 
 
 def linear_log_probs(
@@ -64,7 +71,7 @@ def linear_log_probs(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     apply: Callable[..., Tensor] = _LinearLogProbs.apply
-    return apply(hidden, weight, bias, targets, rows or rows_per_chunk(weight.shape[0]), 1.0 / temperature)
+    return apply(hidden, weight, bias, targets, rows or rows_per_chunk(weight.shape[0], device), 1.0 / temperature)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -81,10 +88,16 @@ class _LinearLogProbs(torch.autograd.Function):
         log_probs = torch.empty_like(normaliser)
         for part in _parts(len(hidden), rows):
             logits = _scaled_logits(hidden[part], weight, bias, scale)
-            normaliser[part] = torch.logsumexp(logits, dim=-1)
-            log_probs[part] = _picked(logits, targets[part]) - normaliser[part]
-            if slopes is not None:
-                slopes[part] = _slope(logits, normaliser[part], targets[part]).mul_(scale).to(weight.dtype) @ weight
+            picked = _picked(logits, targets[part])
+            # In place, and with one exp for the normaliser and the gradient: most of the time beside the products is here.
+            top = logits.amax(-1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            normaliser[part] = (top + total.log()).squeeze(-1)
+            log_probs[part] = picked - normaliser[part]
+            if slopes is not None:  # onehot(y) - p
+                slope = logits.mul_(-scale / total)
+                slope.scatter_add_(-1, targets[part].unsqueeze(-1), torch.full_like(top, scale))
+                slopes[part] = slope.to(weight.dtype) @ weight
         if ctx.layer_trains:
             ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         elif slopes is not None:

@@ -1,4 +1,4 @@
-"""Mixed precision as a run has it: on CPU tensors without values, but by the lists of the device that is planned for."""
+"""What depends on the device that is planned for, on CPU tensors without values: autocast's lists, logits made at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from hbat_lightning.functional import log_probs
 
 # Under autocast CUDA computes these in fp32, and CPUs in what they are given (torch's autocast_mode.h). The second tuple's
 # take their result's type as an argument, and widen as they go.
@@ -59,3 +61,14 @@ def lists_of(gpu: bool) -> Iterator[None]:
     """For a whole rehearsal: autocast by the lists of this kind of device."""
     with CudaLists() if gpu else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def chunks_of(gpu: bool) -> Iterator[None]:
+    """For a whole rehearsal: as many logits at a time as on this kind of device."""
+    before = log_probs.CPU_CHUNK_ELEMENTS
+    log_probs.CPU_CHUNK_ELEMENTS = log_probs.CHUNK_ELEMENTS if gpu else before
+    try:
+        yield
+    finally:
+        log_probs.CPU_CHUNK_ELEMENTS = before

@@ -29,7 +29,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
 from hbat_lightning.memory.optimizers import optimizer_step
-from hbat_lightning.memory.precision import lists_of
+from hbat_lightning.memory.precision import chunks_of, lists_of
 from hbat_lightning.memory.rewards import own_weights, planned
 from hbat_lightning.memory.sampling import generation_of
 from hbat_lightning.objective import Objective
@@ -88,7 +88,7 @@ def rehearse(settings: RunSettings, tick: Callable[[str], None]) -> list[Moment]
     tick("loading")
     with tracker.moment("loading", moments):
         base = build_base(settings.module.policy.spec, settings.config, fake, tracker)
-    with fake, tracker, lists_of(settings.gpu):
+    with fake, tracker, lists_of(settings.gpu), chunks_of(settings.gpu):
         _Rehearsal(settings, tracker, moments, tick).run(base)
     return moments
 
@@ -244,7 +244,7 @@ class _Rehearsal:
         if not isinstance(objective, RolloutModule):
             return
         self.policy.eval()
-        prompts = [_prompt(self.settings.data, objective)] * self.settings.data.batch_size
+        prompts = [_prompt(self.settings.data, objective, place) for place in range(self.settings.data.batch_size)]
         with self._precision():
             (groups,) = objective.roll_out(self.policy, [prompts], torch.device("cpu"))
         self.batches[name] = collate_rollouts([rollout for group in groups for rollout in group], 0)
@@ -343,15 +343,15 @@ def _held_out_prompts(settings: RunSettings) -> dict[str, dict[str, Tensor]]:
         return {name: {"input_ids": one, "attention_mask": torch.ones_like(one)} for name, one in ids.items()}
 
 
-def _prompt(data: HybridDataModule, objective: RolloutModule) -> list[int]:
-    """Prompt and completion together have the greatest length."""
+def _prompt(data: HybridDataModule, objective: RolloutModule, number: int = 0) -> list[int]:
+    """Prompt and completion together have the greatest length. Every number has its own: equal ones would share a pass."""
     room = data.max_length - objective.sampling.max_new_tokens
     if room < 1:
         raise UserError(
             f"sampling.max_new_tokens is {objective.sampling.max_new_tokens} and data.max_length {data.max_length}: there is "
             "no room for a prompt; give a greater data.max_length"
         )
-    return [1] * room
+    return [number + 2] + [1] * (room - 1)
 
 
 def _row(length: int) -> Encoded:
