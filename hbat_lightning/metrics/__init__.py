@@ -1,5 +1,16 @@
 """Metrics as torchmetrics classes."""
 
-from hbat_lightning.metrics.text import CompletionMetrics
+from hbat_lightning.metrics.base import CompletionMetric, MeanScore, Surroundings
+from hbat_lightning.metrics.text import Distinct, ExactMatch, Length, Repetition, Rouge, standard_metrics
 
-__all__ = ["CompletionMetrics"]
+__all__ = [
+    "CompletionMetric",
+    "Distinct",
+    "ExactMatch",
+    "Length",
+    "MeanScore",
+    "Repetition",
+    "Rouge",
+    "Surroundings",
+    "standard_metrics",
+]
