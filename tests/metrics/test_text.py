@@ -88,7 +88,7 @@ def test_variety_is_that_of_sets_by_hand() -> None:
 
 
 def test_what_has_no_answer_to_compare_with_is_not_compared() -> None:
-    answers = [answer("yes"), answer("yes", "yes")]
+    answers = [answer("yes indeed"), answer("yes indeed", "yes indeed")]
     for metric in (Rouge(), ExactMatch()):
         metric.update(answers)
         assert all(value == 1.0 for value in figures(metric).values())
