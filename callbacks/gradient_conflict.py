@@ -62,7 +62,7 @@ class GradientConflict(PhaseCallback):
         drift: Measure what needs the drift of phases.
     """
 
-    def __init__(self, rows: int = 32, every_n_steps: int | None = None, drift: bool = True) -> None:
+    def __init__(self, rows: int = 64, every_n_steps: int | None = None, drift: bool = True) -> None:
         if rows < 2 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(f"rows must be at least 2 and every_n_steps at least 1, got {rows} and {every_n_steps}")
         self.rows, self.every_n_steps, self.drift = rows, every_n_steps, drift

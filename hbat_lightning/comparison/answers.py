@@ -16,9 +16,12 @@ def answer_cards(runs: Sequence[Run], count: int) -> str:
     """A card for each of some prompts: the data's answer, and every run's.
 
     Args:
-        runs: The runs; the others' answers are marked against the first's.
+        runs: The runs; those that have answered nothing are left out, and the others' answers marked against the first's.
         count: How many prompts; those first on which the runs differ most.
     """
+    runs = [run for run in runs if run.answers]
+    if not runs:
+        return ""
     shared = [key for key in runs[0].answers if all(key in run.answers for run in runs)]
     chosen = sorted(shared, key=lambda key: -_disagreement(runs, key))[:count]
     return "".join(_card(runs, key) for key in chosen)

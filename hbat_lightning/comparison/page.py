@@ -246,7 +246,7 @@ def _layers(runs: Sequence[Run]) -> list[_Section]:
         section(
             "drift",
             "Drift per layer",
-            "Root mean square of what each phase moved; as dark as the root of the share of the run's largest.",
+            "Root mean square of what each phase moved; as strong as the root of the share of the run's largest.",
         ),
         section(
             "importance",

@@ -69,13 +69,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def cells(compared: Path) -> dict[tuple[str, str], dict[str, str]]:
+def table(compared: Path) -> list[dict[str, str]]:
     with (compared / "out" / "comparison.csv").open(newline="") as file:
-        return {
-            (row["figure"], row["run"]): row
-            for row in csv.DictReader(file)
-            if row["group"][:4] != "held" or "end" in row["group"]
-        }
+        return list(csv.DictReader(file))
+
+
+def cells(compared: Path) -> dict[tuple[str, str], dict[str, str]]:
+    rows = [row for row in table(compared) if "other's phases" not in row["group"]]
+    return {(row["figure"], row["run"]): row for row in rows}
 
 
 @pytest.mark.parametrize("run", ["first", "second"])
@@ -99,8 +100,7 @@ def test_figures_are_those_of_the_files(compared: Path, run: str) -> None:
 
 
 def test_forgetting_is_what_the_others_phases_changed(compared: Path) -> None:
-    with (compared / "out" / "comparison.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if "other's phases" in row["group"] and row["run"] == "first"]
+    rows = [row for row in table(compared) if "other's phases" in row["group"] and row["run"] == "first"]
     found = {row["figure"]: float(row["value"]) for row in rows}
     switches = lines(compared / "first" / "switches.jsonl")
     for name, trained in (("val/instruction/loss", "preference"), ("val/preference/accuracy", "instruction")):
@@ -191,6 +191,15 @@ def test_protected_layers_are_in_the_report(compared: Path) -> None:
         {name: value**2 for name, value in rows[0]["drift"].items()}, rel=1e-4
     )
     assert all("importance" not in row for row in lines(compared / "second" / "switches.jsonl"))
+
+
+def test_a_run_without_answers_hides_nobody_elses(compared: Path, tmp_path: Path) -> None:
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
+    folders = [str(tmp_path / "third"), str(compared / "first"), str(compared / "second")]
+    main(["compare", *folders, "--output", str(tmp_path / "out"), "--answers", "2"])
+    text = (tmp_path / "out" / "comparison.html").read_text()
+    assert len(re.findall('<div class="answers">', text.split('<section id="answers">')[1].split("</section>")[0])) == 2
 
 
 # ---- what is not there ---------------------------------------------------------------------------------------------------
