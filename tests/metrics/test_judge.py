@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import pytest
 
+from hbat_lightning import GenerationSettings, SFTModule
 from hbat_lightning.completions import Completed
 from hbat_lightning.errors import UserError
-from hbat_lightning.metrics import JudgeWinRate, Surroundings
+from hbat_lightning.metrics import ExactMatch, JudgeWinRate, Surroundings
 from hbat_lightning.metrics.chat_server import ChatServer
 from tests.tiny_models import Chat, serving
 
@@ -204,3 +205,20 @@ def test_a_torn_line_of_the_cache_is_asked_again(chat: Chat, tmp_path: Path) -> 
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
         first = ChatServer(url, file, VARIABLE).ask(body)
         assert ChatServer(url, file, VARIABLE).ask(body) == first
+
+
+def test_hbat_test_asks_the_judge_and_tells_the_cost(
+    chat: Chat, make_policy: Any, make_data: Any, make_trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat.asked.clear()
+    with serving(chat) as url, caplog.at_level("INFO"):
+        metrics = [
+            ExactMatch(),
+            JudgeWinRate(url, "tiny", key_variable=VARIABLE, prompt_price=1.0, completion_price=1.0),
+        ]
+        module = SFTModule(make_policy(), generation=GenerationSettings(max_new_tokens=4), metrics=metrics)
+        figures = make_trainer().test(module, make_data(val_batch_size=4), verbose=False)[0]
+    assert {"test/exact_match", "test/judge_win_rate", "test/judge_tie", "test/judge_refusal"} <= figures.keys()
+    assert len(chat.asked) == len((tmp_path / "judge.jsonl").read_text().splitlines()) == 12  # six rows, both orders
+    assert "judge: 12 requests" in caplog.text
+    assert "cost 0.0" in caplog.text
