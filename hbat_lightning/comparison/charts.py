@@ -136,7 +136,7 @@ def bar_chart(
     across, up = frame.scales
     parts = [*(_shade(span, frame) for span in spans), *_axes(frame)]
     zero, width = up(0.0), max(3.0, min(12.0, 0.4 * (WIDTH - _LEFT) / max(1, len(bars))))
-    for x, y, kind, label in bars:
+    for x, y, kind, label in (bar for bar in bars if math.isfinite(bar[1])):
         top, bottom = sorted((up(y), zero))
         parts.append(
             f'<rect class="bar {kind}" x="{min(across(x) - width, WIDTH - _RIGHT - width):.1f}" y="{top:.1f}" '
@@ -162,7 +162,7 @@ def heat_map(
     row_height = 14 if len(names) > 12 else 18
     height = _TOP + row_height * len(names) + 24
     width = (WIDTH - left - _RIGHT) / max(1, len(columns))
-    largest = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
+    largest = max((abs(v) for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     parts = []
     for place, (name, row) in enumerate(zip(names, values, strict=True)):
         y = _TOP + place * row_height
@@ -170,7 +170,7 @@ def heat_map(
             f'<text class="tick end" x="{left - 5:.0f}" y="{y + row_height / 2 + 3.5:.1f}">{escape(name)}</text>'
         )
         for column, value in enumerate(row):
-            if value is None:
+            if value is None or not math.isfinite(value):
                 continue
             share = min(1.0, abs(value)) if signed else (abs(value) / largest) ** 0.5
             kind = "negative" if signed and value < 0 else "positive" if signed else "amount"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -312,7 +313,7 @@ def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     for number, run in enumerate(runs):
         across = _spread(run, "rougeL", confidence)
         up = _spread(run, vertical, confidence) if vertical else _held_out_gain(run)
-        if across and up:
+        if across and up and all(map(math.isfinite, (*across, *up))):
             points.append(Spot(run.name, f"run{number % 6}", across, up))
     label = vertical or "held-out reward, or preference accuracy"
     if not points:

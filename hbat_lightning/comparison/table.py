@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,8 @@ def format_lead(cell: Cell) -> str:
 
 def number(value: float) -> str:
     """A figure as it is shown."""
+    if not math.isfinite(value):
+        return f"{value:g}"
     if value == int(value) and (value == 0 or abs(value) >= 2):
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.3f}"

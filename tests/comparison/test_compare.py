@@ -232,6 +232,28 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "cannot be understood" in capsys.readouterr().err
 
 
+def test_figures_that_are_not_finite_are_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n1,inf\n2,nan\n")
+    change = {"val/instruction/loss": float("nan")}
+    row = {
+        "step": 3,
+        "steps": 3,
+        "objective": "preference",
+        "round": 0,
+        "before": {},
+        "after": change,
+        "change": change,
+    }
+    row |= {"drift": {"layers.0.a": float("nan"), "layers.1.a": 0.5}}
+    (tmp_path / "run" / "switches.jsonl").write_text(json.dumps(row) + "\n")
+    main(["compare", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    assert "| train/instruction/loss, last | nan |" in capsys.readouterr().out
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    coordinates = re.findall(r'(?:d|x|y|cx|cy|width|height|fill-opacity)="([^"]*)"', page)
+    assert not [one for one in coordinates if "nan" in one or "inf" in one]
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one/run", "two/run"):
         (tmp_path / name).mkdir(parents=True)
