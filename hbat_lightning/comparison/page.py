@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -121,8 +122,13 @@ def _table(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
                 f'<td class="{"decided" if cell.lead and cell.lead.decided else ""}">{_soft_interval(format_lead(cell))}</td>'
                 for cell in figure.cells[1:]
             ]
-        lines.append(f"<tr><td>{escape(figure.name)}</td>{''.join(cells)}</tr>")
+        lines.append(f"<tr><td>{_breakable(figure.name)}</td>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _breakable(name: str) -> str:
+    """A name that may go on in another line behind its parts."""
+    return re.sub(r"([/._])", r"\1<wbr>", escape(name))
 
 
 def _soft_interval(text: str) -> str:
@@ -143,7 +149,7 @@ def _settings(runs: Sequence[Run]) -> str:
     lines = []
     for name in differ:
         cells = "".join(f'<td class="text">{escape(str(run.settings.get(name, "")))}</td>' for run in runs)
-        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+        lines.append(f"<tr><td>{_breakable(name)}</td>{cells}</tr>")
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
