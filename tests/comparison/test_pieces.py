@@ -13,7 +13,8 @@ from hbat_lightning.comparison.differences import marked
 def test_words_that_differ_are_marked() -> None:
     assert marked("anna bought a lamp", "anna bought the lamp") == "anna bought <del>the</del><ins>a</ins> lamp"
     assert marked("a <b> & c", "a") == "a<ins> &lt;b&gt; &amp; c</ins>"
-    assert marked("same", "same") == "same"
+    assert marked("a", "a <b>") == "a<del> &lt;b&gt;</del>"
+    assert marked("<same>", "<same>") == "&lt;same&gt;"
     assert marked("", "gone") == "<del>gone</del>"
 
 
