@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hbat_lightning.completions import Completed
+from hbat_lightning.metrics.bootstrap import bootstrap
 
 if TYPE_CHECKING:
     from hbat_lightning.policy import Policy
@@ -81,11 +82,16 @@ class MeanScore(CompletionMetric):
         kwargs: torchmetrics' own.
     """
 
+    with_intervals: tuple[str, ...] = ()
+    """Scores that compare two systems: their figures have ``…_low`` and ``…_high`` beside them, a bootstrap's at 95 %."""
+
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.names = tuple(names)
         for name in self.names:
             self.add_state(name, torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")  # sum and count
+        for name in self.with_intervals:
+            self.add_state(f"{name}_of_each", [], dist_reduce_fx="cat")
 
     def add(self, answers: Sequence[Completed]) -> None:
         """See :meth:`CompletionMetric.add`."""
@@ -93,8 +99,21 @@ class MeanScore(CompletionMetric):
             values = [answer.scores[name] for answer in answers if name in answer.scores]
             own = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=self.device)
             setattr(self, name, getattr(self, name) + own)
+            if name in self.with_intervals:
+                each = torch.tensor(values, dtype=torch.float64, device=self.device)
+                getattr(self, f"{name}_of_each").append(each)
 
     def compute(self) -> dict[str, Tensor]:
         """Means over the answers that have the score."""
         sums: Mapping[str, Tensor] = {name: torch.as_tensor(getattr(self, name)) for name in self.names}
-        return {name: total / count for name, (total, count) in sums.items() if count > 0}
+        found = {name: total / count for name, (total, count) in sums.items() if count > 0}
+        for name in self.with_intervals:
+            if name in found:
+                spread = bootstrap(joined(getattr(self, f"{name}_of_each")).tolist())
+                found |= {f"{name}_low": torch.tensor(spread.low), f"{name}_high": torch.tensor(spread.high)}
+        return found
+
+
+def joined(state: list[Tensor] | Tensor) -> Tensor:
+    """A list state in one tensor; it is one already where processes have exchanged theirs."""
+    return state if isinstance(state, Tensor) else torch.cat(state) if state else torch.empty(0)

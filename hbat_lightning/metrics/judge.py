@@ -55,6 +55,8 @@ class JudgeWinRate(MeanScore):
         kwargs: torchmetrics' own.
     """
 
+    with_intervals = ("judge_win_rate",)
+
     def __init__(
         self,
         url: str,

@@ -72,6 +72,8 @@ class RewardScore(MeanScore):
         kwargs: torchmetrics' own.
     """
 
+    with_intervals = ("reward_win_rate",)
+
     def __init__(self, reward: Reward, against: str | None = None, **kwargs: Any) -> None:
         super().__init__(["reward", "opponent_reward", "reward_win_rate"], **kwargs)
         self._reward = [reward]  # in a list: its weights are no part of the metric

@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from hbat_lightning.completions import Completed
-from hbat_lightning.metrics.base import CompletionMetric, MeanScore
+from hbat_lightning.metrics.base import CompletionMetric, MeanScore, joined
 
 _KINDS = ("rouge1", "rouge2", "rougeL")
 
@@ -114,8 +114,7 @@ class Distinct(CompletionMetric):
         """See :meth:`CompletionMetric.compute`."""
         found = {}
         for size in self.n:
-            state = getattr(self, f"distinct{size}")
-            seen = torch.cat(list(state)) if isinstance(state, list) and state else torch.as_tensor(state)
+            seen = joined(getattr(self, f"distinct{size}"))
             if len(seen):
                 found[f"distinct{size}"] = torch.tensor(len(set(seen.tolist())) / len(seen), dtype=torch.float64)
         return found

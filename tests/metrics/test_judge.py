@@ -55,7 +55,7 @@ def scripted(verdict: Callable[[str, str], str], *answers: Completed) -> tuple[J
 
 
 def figures(metric: JudgeWinRate) -> dict[str, float]:
-    return {name: value.item() for name, value in metric.compute().items()}
+    return {name: value.item() for name, value in metric.compute().items() if not name.endswith(("_low", "_high"))}
 
 
 def test_both_orders_are_asked_and_must_agree() -> None:

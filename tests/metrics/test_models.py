@@ -13,7 +13,15 @@ from transformers import BartForConditionalGeneration
 from hbat_lightning import GenerationSettings, SFTModule
 from hbat_lightning.completions import Completed
 from hbat_lightning.errors import UserError
-from hbat_lightning.metrics import BARTScore, ExactMatch, PreferenceAccuracy, ReferenceKL, RewardScore, Surroundings
+from hbat_lightning.metrics import (
+    BARTScore,
+    ExactMatch,
+    PreferenceAccuracy,
+    ReferenceKL,
+    RewardScore,
+    Surroundings,
+    bootstrap,
+)
 from hbat_lightning.rewards import FunctionReward
 from tests.support import shake
 from tests.tiny_models import byte_tokenizer, save_bart
@@ -107,6 +115,11 @@ def test_reward_win_rate_counts_ties_half_and_takes_another_runs_answers(make_po
         {"reward": 3.0, "opponent_reward": 1.0, "reward_win_rate": 1.0},
     ]
     assert metric.compute()["reward_win_rate"].item() == 0.75
+    spread = bootstrap([0.5, 1.0])
+    ends = [metric.compute()[f"reward_win_rate_{end}"].item() for end in ("low", "high")]
+    assert ends == pytest.approx([spread.low, spread.high])
+    metric.reset()
+    assert metric.compute() == {}
     other = tmp_path / "predictions.jsonl"
     rows = [{"prompt": answer.prompt, "completion": "it rained"} for answer in answers]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,7 +155,8 @@ def test_test_and_predict_use_the_metrics_that_were_given(
     data = make_data(val_batch_size=4)
     tested = make_trainer().test(module, data, verbose=False)[0]
     rows = [row for batch in make_trainer().predict(module, data) for row in batch]
-    assert set(tested) == {f"test/{name}" for name in rows[0]["scores"]}
+    ends = {"test/reward_win_rate_low", "test/reward_win_rate_high"}
+    assert set(tested) == {f"test/{name}" for name in rows[0]["scores"]} | ends
     for name in rows[0]["scores"]:
         mean = sum(row["scores"][name] for row in rows) / len(rows)
         assert tested[f"test/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-6)
