@@ -9,20 +9,24 @@ from hbat_lightning.callbacks.checkpoint import WindowCheckpoint
 from hbat_lightning.callbacks.ewc import ElasticWeightConsolidation
 from hbat_lightning.callbacks.export import PolicyExport
 from hbat_lightning.callbacks.freeze import ImportanceFreeze
+from hbat_lightning.callbacks.gradient_conflict import GradientConflict
 from hbat_lightning.callbacks.non_finite import NonFiniteGuard
 from hbat_lightning.callbacks.predictions import PredictionWriter
 from hbat_lightning.callbacks.progress import PhaseProgressBar
 from hbat_lightning.callbacks.resources import ResourceMonitor
+from hbat_lightning.callbacks.samples import SampleGenerations
 from hbat_lightning.callbacks.switch_report import SwitchReport
 
 __all__ = [
     "ElasticWeightConsolidation",
+    "GradientConflict",
     "ImportanceFreeze",
     "NonFiniteGuard",
     "PhaseProgressBar",
     "PolicyExport",
     "PredictionWriter",
     "ResourceMonitor",
+    "SampleGenerations",
     "SwitchReport",
     "WindowCheckpoint",
 ]

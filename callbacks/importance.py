@@ -87,6 +87,11 @@ class ImportanceCallback(PhaseCallback):
         """Note how many units the window has, for Fisher information."""
         self._units = trainer.accumulate_grad_batches * trainer.world_size / batch.scale
 
+    def report(self) -> dict[str, Any]:
+        """The importance in force in the ended phase, a mean per tensor."""
+        held = self._held_for.get(self._objective or "", {}) if self.active else {}
+        return {"importance": {name: float(value.mean()) for name, value in held.items()}} if held else {}
+
     # ---- measuring ------------------------------------------------------------------------------------------------
 
     def weigh(

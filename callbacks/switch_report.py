@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,8 +23,9 @@ class SwitchReport(PhaseCallback):
     """Writes ``switches.jsonl`` in the run folder, a row per phase; at the end prints a table and draws ``switches.png``.
 
     A row holds the held-out figures of both objectives before and after the phase, how far each trained tensor moved,
-    and the EWC pull. The module validates at every switch; the figures before the first phase come from the sanity
-    check, which therefore must run over all held-out rows (``num_sanity_val_steps: -1``, the command line's default).
+    the EWC pull, and what other callbacks report. The module validates at every switch; the figures before the first phase
+    come from the sanity check, which therefore must run over all held-out rows (``num_sanity_val_steps: -1``, the command
+    line's default).
 
     Args:
         drift: Record the root-mean-square change of each trained tensor. In a full fine-tune only where EWC or a
@@ -117,6 +118,9 @@ class SwitchReport(PhaseCallback):
             "ewc": logged,
             "drift": self._drift(module),
         }
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, PhaseCallback):
+                row |= callback.report()
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         append_text(path, json.dumps(row) + "\n", sync=True)

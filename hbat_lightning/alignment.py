@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from hbat_lightning.between_steps import measure_progress, roll_out
 from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
+from hbat_lightning.completions import Completed
 from hbat_lightning.data.module import HybridDataModule, pad_id
 from hbat_lightning.data.rollouts import RolloutSet
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
-from hbat_lightning.generation import GenerationSettings, completion_rows
+from hbat_lightning.generation import GenerationSettings, completed
 from hbat_lightning.lr import Cosine, LRSchedule
-from hbat_lightning.metrics.text import CompletionMetrics
+from hbat_lightning.metrics import CompletionMetric, Surroundings, standard_metrics
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.objective import Objective
 from hbat_lightning.optimization import ParameterGroup, configure, put_in_force
@@ -58,6 +60,7 @@ class AlignmentModule(LightningModule):
         lr_schedule: Shape of the learning rate, per phase or over the run.
         generation: How ``test`` and ``predict`` complete prompts.
         seed: Seed of row order, held-out rows, adapter weights and dropout; that of ``seed_everything`` when not given.
+        metrics: What ``test`` and ``predict`` say of completions; ROUGE, exact match, length and variety when not given.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class AlignmentModule(LightningModule):
         lr_schedule: LRSchedule | None,
         generation: GenerationSettings,
         seed: int | None,
+        metrics: Sequence[CompletionMetric] | None,
     ) -> None:
         super().__init__()
         self.policy = cast(Policy, policy)  # None only inside a hybrid, where nobody asks; see require_policy()
@@ -89,7 +93,8 @@ class AlignmentModule(LightningModule):
         self._mode: str | None = None  # the objective that the policy's dropout is set for
         self._window = WindowTotals()
         self._held_out: dict[str, Totals] = {}
-        self._completions = CompletionMetrics(sync_on_compute=False)  # every process sees all completions
+        # No modules of this one: what they score with is no part of the run.
+        self.completion_metrics = list(standard_metrics() if metrics is None else metrics)
 
     # ---- what a run consists of -----------------------------------------------------------------------------------
 
@@ -342,31 +347,48 @@ class AlignmentModule(LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Complete held-out prompts and compare with the data's answers."""
-        for row in self._complete_all(batch):
-            self._completions.update(row["completion"], row["reference"], row["tokens"], row["stopped"])
+        answers = self._complete_all(batch)
+        for metric in self.completion_metrics:
+            metric.add(answers)
 
     def on_test_epoch_end(self) -> None:
-        """Log ROUGE, exact match, length and the share of completions that stop."""
-        self.log_dict({f"test/{name}": value for name, value in self._completions.compute().items()}, batch_size=1)
-        self._completions.reset()
+        """Log what the metrics say of all completions."""
+        for metric in self.completion_metrics:
+            self.log_dict({f"test/{name}": value for name, value in metric.compute().items()}, batch_size=1)
+            metric.reset()
+        self._tell()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete prompts: this process's share, and gather the others'."""
-        return self._complete_all(batch)
+        return [answer.row() for answer in self._complete_all(batch)]
 
-    def _complete_all(self, batch: PromptBatch) -> list[dict[str, Any]]:
+    def on_predict_epoch_end(self) -> None:
+        """Say what scoring did."""
+        self._tell()
+
+    def _tell(self) -> None:
+        for note in (note for metric in self.completion_metrics for note in metric.notes()):
+            rank_zero_info(note)
+
+    def _complete_all(self, batch: PromptBatch) -> list[Completed]:
+        """Completions with their scores, of all processes; each scores its own."""
         with self.ranks.together():
             own = self.complete(batch) if batch.prompts else []
-        return [row for rows in self.ranks.gather(own) for row in rows]
+            surroundings = Surroundings(self.policy, self.device, Path(self.trainer.default_root_dir), self.ranks.rank)
+            for metric in self.completion_metrics:
+                metric.build(surroundings)
+                for answer, scores in zip(own, metric.score(own), strict=True):
+                    answer.scores |= scores
+        return [answer for answers in self.ranks.gather(own) for answer in answers]
 
-    def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of a batch of prompts, as plain rows; see :func:`~hbat_lightning.generation.completion_rows`."""
+    def complete(self, batch: PromptBatch) -> list[Completed]:
+        """Completions of a batch of prompts; see :func:`~hbat_lightning.generation.completed`."""
         tokenizer = self.policy.tokenizer
         stop = self.data.encoder(self.data.prompt_source, tokenizer).stop_token_id
         completions = self.policy.generate(
             batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
         )
-        return completion_rows(batch, completions, tokenizer, stop)
+        return completed(batch, completions, tokenizer, stop)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

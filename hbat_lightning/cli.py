@@ -288,10 +288,17 @@ def _plan(args: list[str]) -> None:
     run_plan(args)
 
 
+def _compare(args: list[str]) -> None:
+    from hbat_lightning.compare_command import run_compare  # late, as the others
+
+    run_compare(args)
+
+
 DESCRIPTION = "Hybrid alignment training: alternate SFT and preference training on one policy."
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inspect": (_inspect, "audit the data of a configuration, without loading any weights"),
     "plan": (_plan, "say what a run will need of memory, from the model's config.json alone"),
+    "compare": (_compare, "show runs side by side: a table and a page that any browser opens"),
     "export": (_export, "write what a run has trained: the adapter, or a model with the adapter merged in"),
 }
 

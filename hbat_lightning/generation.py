@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from hbat_lightning.completions import Completed
+
 if TYPE_CHECKING:
     from hbat_lightning.data.sets import PromptBatch
 
@@ -104,27 +106,29 @@ def _until_stop(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop) + 1] if stop in ids else ids
 
 
-def completion_rows(
+def completed(
     batch: PromptBatch, completions: Sequence[Sequence[int]], tokenizer: Any, stop_token_id: int
-) -> list[dict[str, Any]]:
-    """Completions of a batch of prompts as plain rows.
+) -> list[Completed]:
+    """Completions of a batch of prompts, with their texts.
 
     Args:
         batch: The prompts, with the data's answers.
-        completions: What :func:`generate` gave for them.
+        completions: What :func:`complete` gave for them.
         tokenizer: The policy's.
         stop_token_id: What ends a completion.
-
-    Returns:
-        Per prompt ``prompt``, ``completion``, ``reference``, the number of ``tokens``, and whether it ``stopped``.
     """
+    prompts = [ids[keep].tolist() for ids, keep in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
     return [
-        {
-            "prompt": prompt,
-            "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            "reference": reference.strip(),
-            "tokens": len(ids),
-            "stopped": bool(ids) and ids[-1] == stop_token_id,
-        }
-        for prompt, reference, ids in zip(batch.prompts, batch.completions, completions, strict=True)
+        Completed(
+            prompt=prompt,
+            completion=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            reference=reference.strip(),
+            tokens=len(ids),
+            stopped=bool(ids) and ids[-1] == stop_token_id,
+            prompt_ids=prompt_ids,
+            completion_ids=list(ids),
+        )
+        for prompt, reference, prompt_ids, ids in zip(
+            batch.prompts, batch.completions, prompts, completions, strict=True
+        )
     ]

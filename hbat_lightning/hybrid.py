@@ -9,6 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from hbat_lightning.alignment import AlignmentModule, OptimizerState
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
+from hbat_lightning.metrics import CompletionMetric
 from hbat_lightning.objectives import ObjectiveModule
 from hbat_lightning.optimization import default_optimizer
 from hbat_lightning.policy import Policy
@@ -30,6 +31,7 @@ class HybridAlignmentModule(AlignmentModule):
         lr_schedule: Shape of the learning rate; a cosine in every phase when not given.
         generation: How ``test`` and ``predict`` complete prompts.
         seed: Seed of row order, held-out rows, adapter weights and dropout; that of ``seed_everything`` when not given.
+        metrics: What ``test`` and ``predict`` say of completions; ROUGE, exact match, length and variety when not given.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class HybridAlignmentModule(AlignmentModule):
         lr_schedule: LRSchedule | None = None,
         generation: GenerationSettings = _DEFAULT_GENERATION,
         seed: int | None = None,
+        metrics: list[CompletionMetric] | None = None,
     ) -> None:
-        super().__init__(policy, schedule or Rounds(), optimizer, optimizer_state, lr_schedule, generation, seed)
+        super().__init__(
+            policy, schedule or Rounds(), optimizer, optimizer_state, lr_schedule, generation, seed, metrics
+        )
         for name, objective in ((INSTRUCTION, instruction), (PREFERENCE, preference)):
             if objective.slot != name:
                 raise ValueError(f"model.init_args.{name}: {type(objective).__name__} trains on {objective.slot} data")

@@ -19,7 +19,7 @@ _COLUMNS = (
     ("val/preference/accuracy", "pref. acc.", "{:.3f}"),
     ("val/preference/reward", "reward", "{:.3f}"),
 )
-_COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e", BOTH: "#6b7280"}
+COLOURS = {INSTRUCTION: "#3b6fb6", PREFERENCE: "#c4572e", BOTH: "#6b7280"}
 
 
 def read_switches(path: Path) -> list[Row]:
@@ -66,8 +66,8 @@ def draw_switches(rows: Sequence[Row], path: Path) -> None:
         points = [(row["step"] - row["steps"], row["before"][key]) for row in rows[:1] if key in row["before"]]
         points += [(row["step"], row["after"][key]) for row in rows if key in row["after"]]
         for row in rows:
-            axis.axvspan(row["step"] - row["steps"], row["step"], color=_COLOURS[row["objective"]], alpha=0.13, lw=0)
-        colour = _COLOURS[key.split("/")[1]]
+            axis.axvspan(row["step"] - row["steps"], row["step"], color=COLOURS[row["objective"]], alpha=0.13, lw=0)
+        colour = COLOURS[key.split("/")[1]]
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6)
         axis.set(title=f"held-out {title}", xlabel="optimizer step")
         if key.endswith("/loss"):
@@ -76,8 +76,8 @@ def draw_switches(rows: Sequence[Row], path: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
     for axis in list(axes.T.flat)[len(shown) :]:
         axis.set_visible(False)
-    trained = [name for name in _COLOURS if any(row["objective"] == name for row in rows)]
-    handles = [Patch(color=_COLOURS[name], alpha=0.3, label=f"{name} phase") for name in trained]
+    trained = [name for name in COLOURS if any(row["objective"] == name for row in rows)]
+    handles = [Patch(color=COLOURS[name], alpha=0.3, label=f"{name} phase") for name in trained]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=120)
 

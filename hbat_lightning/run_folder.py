@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 MARK = "run.json"
 OUTPUTS = (
     *("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", "nonfinite.jsonl", MARK, "config.yaml"),
-    "predictions.jsonl",
+    *("predictions.jsonl", "conflict.jsonl", "conflict.png", "samples.jsonl"),
 )
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch import Callback, Trainer
 
@@ -28,6 +28,10 @@ class PhaseCallback(Callback):
     def describe(self) -> str:
         """A sentence on what it does to training, for the model card; empty where it only watches."""
         return ""
+
+    def report(self) -> dict[str, Any]:
+        """What it adds to the row of ``switches.jsonl`` of a phase that has just ended, in plain types; nothing."""
+        return {}
 
     def on_switch(self, trainer: Trainer, module: AlignmentModule, ended: PhaseKey | None, begun: PhaseKey) -> None:
         """Called once per phase, before its first step, while the phase-start snapshot still is that of the ended one.

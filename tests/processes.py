@@ -32,7 +32,7 @@ from hbat_lightning import (
     PPOModule,
     SFTModule,
 )
-from hbat_lightning.callbacks import ElasticWeightConsolidation, ImportanceFreeze, NonFiniteGuard
+from hbat_lightning.callbacks import ElasticWeightConsolidation, GradientConflict, ImportanceFreeze, NonFiniteGuard
 from hbat_lightning.cli import main
 from hbat_lightning.data import embedded
 from hbat_lightning.data.conflict_task import preference_reward
@@ -130,7 +130,7 @@ def ewc(importance: Any = None) -> ElasticWeightConsolidation:
 
 RUNS: dict[str, Callable[[], tuple[Any, list[Callback]]]] = {
     "single precision": lambda: (hybrid(Policy(embedded.TINY_LLAMA, lora=LORA)), [ewc()]),
-    "double precision": lambda: (hybrid(double()), [ewc()]),
+    "double precision": lambda: (hybrid(double()), [ewc(), GradientConflict(rows=5, every_n_steps=2)]),
     "dropout, and steps left out": lambda: (
         hybrid(
             double(lora=NOISY, gradient_checkpointing=True),
@@ -140,7 +140,7 @@ RUNS: dict[str, Callable[[], tuple[Any, list[Callback]]]] = {
         [ewc(RunningFisher()), NonFiniteGuard("skip")],
     ),
     "every parameter": lambda: (hybrid(double(lora=None)), [ewc(ExactFisher(samples=3))]),
-    "kto": lambda: (hybrid(double(), KTOModule(lr=2e-3)), [ImportanceFreeze(0.2)]),
+    "kto": lambda: (hybrid(double(), KTOModule(lr=2e-3)), [ImportanceFreeze(0.2), GradientConflict(rows=4)]),
     "ppo": lambda: (hybrid(double(), ppo(lr=2e-3)), [ewc()]),
     "max gap": lambda: (
         hybrid(double(), DPOModule(beta=0.5), lr=None, schedule=MaxGap(1, 5, preference_weight=0.9, refresh=2)),

@@ -17,6 +17,8 @@ import hbat_lightning
 
 ROOT = Path(__file__).parents[1]
 
+DATA = {"hbat_lightning/py.typed", *(f"hbat_lightning/comparison/page.{kind}" for kind in ("css", "js"))}
+
 # Imports every module, says where each came from, and loads the command. Runs with the wheel's folder in front of
 # site-packages, where an editable install may offer the same names: hence the question where they came from.
 _IMPORT = """
@@ -74,7 +76,7 @@ def test_wheel_holds_every_module_once_and_nothing_else(wheel: zipfile.ZipFile) 
     info = f"hbat_lightning-{hbat_lightning.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"hbat_lightning", info}  # no callbacks/, no tests/
     package = {name for name in names if not name.startswith(info)}
-    assert package == source_modules() | {"hbat_lightning/py.typed"}
+    assert package == source_modules() | DATA
     assert [name for name in names if name.endswith("/ewc.py")] == ["hbat_lightning/callbacks/ewc.py"]
     assert f"{info}/licenses/LICENSE" in names
     assert b"hbat = hbat_lightning.cli:main" in wheel.read(f"{info}/entry_points.txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lightning.pytorch import LightningDataModule
@@ -367,11 +368,22 @@ class HybridDataModule(LightningDataModule):
                 raise DataError(
                     message, row.source, row.number, f"Complete it with hbat predict, or give {name}.test_path"
                 )
-            ids = encoder.encode_prompt_of(row)
-            text = "".join(segment.text for segment in encoder.template.segments(row.prompt))
-            text = text.removeprefix(str(tokenizer.bos_token or ""))
-            prompts.append(Prompt(ids, text, row.answers[0] if row.answers else ""))
+            prompts.append(_prompt(encoder, row))
         return prompts
+
+    def held_out_prompts(self, name: str, tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> list[Prompt]:
+        """The first prompts of an objective's held-out rows; none where its rows have no prompts.
+
+        Args:
+            name: Name of the objective.
+            tokenizer: The tokenizer of the model.
+            seed: Seed of the run, which decides what is held out.
+            count: How many at most.
+        """
+        if not self.kinds[name].prompted:
+            return []
+        encoder = self.encoder(name, tokenizer)
+        return [_prompt(encoder, row) for row in islice(self.split(name, seed)[1], count)]
 
 
 class _EncodedRows:
@@ -403,6 +415,12 @@ class _EncodedRows:
                     for _ in range(kind.size(encoded)):
                         self.places.append(row)
                     yield encoded
+
+
+def _prompt(encoder: Encoder, row: Any) -> Prompt:
+    text = "".join(segment.text for segment in encoder.template.segments(row.prompt))
+    text = text.removeprefix(str(encoder.tokenizer.bos_token or ""))
+    return Prompt(encoder.encode_prompt_of(row), text, row.answers[0] if row.answers else "")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

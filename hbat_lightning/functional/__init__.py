@@ -1,5 +1,6 @@
 """Pure tensor functions: no model, no trainer, no input or output."""
 
+from hbat_lightning.functional.conflict import cosine, split_half_products
 from hbat_lightning.functional.importance import (
     effective_number,
     literal_weights,
@@ -41,6 +42,7 @@ __all__ = [
     "bradley_terry_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "cosine",
     "dpo_loss",
     "effective_number",
     "gae",
@@ -68,6 +70,7 @@ __all__ = [
     "sequence_log_probs",
     "sft_loss",
     "simpo_loss",
+    "split_half_products",
     "squared_displacement",
     "token_log_probs",
     "truncation_log_mass",

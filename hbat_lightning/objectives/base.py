@@ -15,6 +15,7 @@ from hbat_lightning.alignment import AlignmentModule, OptimizerState
 from hbat_lightning.data.kinds import RowKind
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import LRSchedule
+from hbat_lightning.metrics import CompletionMetric
 from hbat_lightning.optimization import default_optimizer
 from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy, Reference
@@ -41,6 +42,7 @@ class ObjectiveModule(AlignmentModule):
         lr_schedule: Shape of the learning rate when it trains alone.
         generation: How ``test`` and ``predict`` complete prompts when it trains alone.
         seed: Seed of the run when it trains alone.
+        metrics: What ``test`` and ``predict`` say of completions when it trains alone.
     """
 
     slot: str
@@ -57,10 +59,13 @@ class ObjectiveModule(AlignmentModule):
         lr_schedule: LRSchedule | None = None,
         generation: GenerationSettings = _DEFAULT_GENERATION,
         seed: int | None = None,
+        metrics: list[CompletionMetric] | None = None,
     ) -> None:
         if lr is not None and lr < 0:
             raise ValueError(f"lr must not be negative, got {lr}")
-        super().__init__(policy, Single(self.slot, epochs), optimizer, optimizer_state, lr_schedule, generation, seed)
+        super().__init__(
+            policy, Single(self.slot, epochs), optimizer, optimizer_state, lr_schedule, generation, seed, metrics
+        )
         self.lr = lr
 
     @property

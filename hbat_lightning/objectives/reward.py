@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hbat_lightning.classifier import ClassifierPolicy
+from hbat_lightning.completions import Completed
 from hbat_lightning.data.kinds import PAIRS
 from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
@@ -68,7 +69,7 @@ class BradleyTerryModule(ObjectiveModule):
         count = real.sum()
         return {name: (value.sum(), count) for name, value in values.items()}
 
-    def complete(self, batch: PromptBatch) -> list[dict[str, Any]]:
+    def complete(self, batch: PromptBatch) -> list[Completed]:
         """Refuse: what has learnt to judge answers has not learnt to write them.
 
         Raises:

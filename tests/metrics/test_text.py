@@ -1,13 +1,13 @@
-"""Completion metrics against a ROUGE written out by hand."""
+"""Metrics of text against ROUGE, distinct-n and the like written out by hand."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-import torch
 
-from hbat_lightning.metrics import CompletionMetrics
+from hbat_lightning.completions import Completed
+from hbat_lightning.metrics import CompletionMetric, Distinct, ExactMatch, Length, Repetition, Rouge, standard_metrics
 
 PAIRS = [
     ("the cat sat on the mat", "the cat lay on a mat"),
@@ -35,41 +35,69 @@ def rouge_l(one: list[str], other: list[str]) -> float:
     return f1(table[-1][-1], len(one), len(other))
 
 
+def answer(completion: str, reference: str = "", tokens: int = 1, stopped: bool = True) -> Completed:
+    return Completed("prompt", completion, reference, tokens, stopped)
+
+
+def figures(metric: CompletionMetric) -> dict[str, float]:
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
 def test_rouge_is_that_of_loops_by_hand() -> None:
-    metrics = CompletionMetrics()
-    sums = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for completion, reference in PAIRS:
-        metrics.update(completion, reference, tokens=3, stopped=True)
-        one, other = completion.split(), reference.split()
-        sums["rouge1"] += rouge_n(one, other, 1)
-        sums["rouge2"] += rouge_n(one, other, 2)
-        sums["rougeL"] += rouge_l(one, other)
-    got = metrics.compute()
-    for name, value in sums.items():
-        assert got[name].item() == pytest.approx(value / len(PAIRS), rel=1e-12), name
+    metric, sums = Rouge(), {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    answers = [answer(completion, reference) for completion, reference in PAIRS]
+    metric.update(answers[:2])
+    metric.update(answers[2:])
+    for one, (completion, reference) in zip(answers, PAIRS, strict=True):
+        words = completion.split(), reference.split()
+        expected = {"rouge1": rouge_n(*words, 1), "rouge2": rouge_n(*words, 2), "rougeL": rouge_l(*words)}
+        assert one.scores == pytest.approx(expected, rel=1e-12)
+        for name, value in expected.items():
+            sums[name] += value / len(PAIRS)
+    assert figures(metric) == pytest.approx(sums, rel=1e-12)
 
 
 def test_stems_count_as_equal() -> None:
-    metrics = CompletionMetrics()
-    metrics.update("buying lamps", "buy lamp", 2, True)
-    assert metrics.compute()["rouge1"].item() == 1.0
-    assert metrics.compute()["exact_match"].item() == 0.0
+    metric, exact, one = Rouge(), ExactMatch(), [answer("buying lamps", "buy lamp")]
+    metric.update(one)
+    exact.update(one)
+    assert figures(metric)["rouge1"] == 1.0
+    assert figures(exact) == {"exact_match": 0.0}
 
 
 def test_shares_and_lengths_are_means() -> None:
-    metrics = CompletionMetrics()
-    metrics.update("yes ", " yes", 2, True)
-    metrics.update("Yes", "yes", 5, False)
-    metrics.update("no", "yes", 8, True)
-    got = {name: value.item() for name, value in metrics.compute().items()}
-    assert got["exact_match"] == pytest.approx(1 / 3)
-    assert got["stopped"] == pytest.approx(2 / 3)
-    assert got["length"] == pytest.approx(5.0)
+    answers = [answer("yes ", " yes", 2), answer("Yes", "yes", 5, stopped=False), answer("no", "yes", 8)]
+    exact, length = ExactMatch(), Length()
+    exact.update(answers)
+    length.update(answers)
+    assert figures(exact)["exact_match"] == pytest.approx(1 / 3)
+    assert figures(length) == pytest.approx({"stopped": 2 / 3, "length": 5.0})
+
+
+def test_variety_is_that_of_sets_by_hand() -> None:
+    texts = ["a b a b a b", "a b c", "d", ""]
+    distinct, repeated = Distinct((1, 2)), Repetition(2)
+    for text in texts:
+        distinct.update([answer(text)])
+    repeated.update([answer(text) for text in texts])
+    # words: a b a b a b a b c d; pairs of them within a text: ab ba ab ba ab, ab bc
+    assert figures(distinct) == pytest.approx({"distinct1": 4 / 10, "distinct2": 3 / 7})
+    assert figures(repeated) == pytest.approx({"repetition": (1 - 2 / 5) / 4})
+    with pytest.raises(ValueError, match="from 1 on"):
+        Distinct(())
+
+
+def test_what_has_no_answer_to_compare_with_is_not_compared() -> None:
+    answers = [answer("yes indeed"), answer("yes indeed", "yes indeed")]
+    for metric in (Rouge(), ExactMatch()):
+        metric.update(answers)
+        assert all(value == 1.0 for value in figures(metric).values())
+    assert answers[0].scores == {}
 
 
 def test_reset_and_nothing_seen() -> None:
-    metrics = CompletionMetrics()
-    metrics.update("a", "a", 1, True)
-    metrics.reset()
-    assert all(value.item() == 0.0 for value in metrics.compute().values())
-    assert all(isinstance(value, torch.Tensor) for value in metrics.compute().values())
+    for metric in standard_metrics():
+        metric.update([answer("a b", "a b")])
+        assert metric.compute()
+        metric.reset()
+        assert metric.compute() == {}

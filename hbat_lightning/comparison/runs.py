@@ -1,0 +1,206 @@
+"""What a run folder holds, as far as it is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hbat_lightning.completions import Completed
+from hbat_lightning.conflict import layer_of
+from hbat_lightning.errors import UserError
+from hbat_lightning.files import whole_lines
+from hbat_lightning.metrics import Distinct, MeanScore, standard_metrics
+from hbat_lightning.metrics_logger import read_rows
+from hbat_lightning.phases import INSTRUCTION, PREFERENCE
+from hbat_lightning.privacy import without_secret_settings
+
+Row = dict[str, Any]
+Key = tuple[str, int]
+"""A prompt, and how many rows before it have the same one."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Optimizer steps of a phase.
+
+    Attributes:
+        begin: Steps before it.
+        end: Steps up to its end.
+        objective: What it trained.
+    """
+
+    begin: int
+    end: int
+    objective: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, by what it has written. A file that is not there is as good as empty.
+
+    Attributes:
+        name: What it is called in a comparison.
+        metrics: Rows of ``metrics.csv``, of each the figures that it has.
+        evaluation: The last value of every column of ``evaluation.csv``.
+        switches: Rows of ``switches.jsonl``.
+        conflict: Rows of ``conflict.jsonl``.
+        samples: Rows of ``samples.jsonl``.
+        answers: Rows of ``predictions.jsonl``, with the scores of the standard metrics.
+        settings: ``config.yaml``, flat, without what is named like a secret.
+    """
+
+    name: str
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    switches: list[Row] = field(default_factory=list)
+    conflict: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    answers: dict[Key, Completed] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Its phases."""
+        return [Span(row["step"] - row["steps"], row["step"], row["objective"]) for row in self.switches]
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps that it has logged."""
+        logged = [int(row["step"]) + 1 for row in self.metrics]
+        return max([*logged, *(span.end for span in self.spans)], default=0)
+
+    def curve(self, column: str) -> list[tuple[float, float]]:
+        """A column of ``metrics.csv`` over the optimizer steps that were made."""
+        return [(row["step"] + 1, row[column]) for row in self.metrics if column in row]
+
+    def held_out(self, figure: str) -> list[tuple[float, float]]:
+        """A held-out figure at the switches, the one before the first phase too; else of all validations."""
+        points = [(row["step"], row["after"][figure]) for row in self.switches if figure in row["after"]]
+        first = self.switches[0] if self.switches else None
+        if points and first is not None and figure in first["before"]:
+            points = [(first["step"] - first["steps"], first["before"][figure]), *points]
+        return points or self.curve(figure)
+
+    def forgetting(self, figure: str, objective: str) -> list[tuple[int, float]]:
+        """Changes of a figure in the phases of the objective that it is not of, by their last steps."""
+        own = [row for row in self.switches if row["objective"] != objective and figure in row["change"]]
+        return [(row["step"], row["change"][figure]) for row in own]
+
+    def by_layer(self, what: str) -> list[dict[str, float]]:
+        """Root mean square over the tensors of each layer, phase by phase, of a figure of ``switches.jsonl``."""
+        found = []
+        for row in self.switches:
+            squares: dict[str, list[float]] = {}
+            for name, value in row.get(what, {}).items():
+                squares.setdefault(layer_of(name), []).append(value**2)
+            found.append({layer: math.sqrt(sum(values) / len(values)) for layer, values in squares.items()})
+        return found
+
+    @cached_property
+    def scores(self) -> dict[str, dict[Key, float]]:
+        """Of every score the value of each answer that has it."""
+        found: dict[str, dict[Key, float]] = {}
+        for key, answer in self.answers.items():
+            for name, value in answer.scores.items():
+                found.setdefault(name, {})[key] = value
+        return found
+
+    @cached_property
+    def variety(self) -> dict[str, float]:
+        """Distinct-n of its answers."""
+        metric = Distinct()
+        metric.update(list(self.answers.values()))
+        return {name: float(value) for name, value in metric.compute().items()}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders.
+
+    Raises:
+        UserError: One holds no run, or a file in it cannot be understood.
+    """
+    names = [folder.resolve().name for folder in folders]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    shown = [str(folder) if name in twice else name for folder, name in zip(folders, names, strict=True)]
+    return [_read(folder, name) for folder, name in zip(folders, shown, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not any((folder / file).is_file() for file in ("metrics.csv", "switches.jsonl", "predictions.jsonl")):
+        raise UserError(
+            f"{folder} holds no run: give folders that --trainer.default_root_dir named, as in hbat compare A B"
+        )
+    try:
+        return Run(
+            name=name,
+            metrics=_numbers(folder / "metrics.csv"),
+            evaluation={key: value for row in _numbers(folder / "evaluation.csv") for key, value in row.items()},
+            switches=_rows(folder / "switches.jsonl"),
+            conflict=_rows(folder / "conflict.jsonl"),
+            samples=_rows(folder / "samples.jsonl"),
+            answers=_answers(_rows(folder / "predictions.jsonl")),
+            settings=_settings(folder / "config.yaml"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder}: a file of the run cannot be understood ({type(error).__name__}: {error}); was it changed by hand?"
+        ) from error
+
+
+def _rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+
+
+def _numbers(path: Path) -> list[dict[str, float]]:
+    rows = read_rows(path)[1]
+    return [{column: float(value) for column, value in row.items() if value} for row in rows]
+
+
+def _answers(rows: Sequence[Row]) -> dict[Key, Completed]:
+    seen: Counter[str] = Counter()
+    found: dict[Key, Completed] = {}
+    for row in rows:
+        fields = {name: row[name] for name in ("prompt", "completion", "reference", "tokens", "stopped")}
+        found[row["prompt"], seen[row["prompt"]]] = Completed(**fields, scores=dict(row.get("scores", {})))
+        seen[row["prompt"]] += 1
+    answers = list(found.values())
+    for metric in standard_metrics():
+        if isinstance(metric, MeanScore):
+            for answer, scores in zip(answers, metric.score(answers), strict=True):
+                answer.scores = scores | answer.scores
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return dict(_flat(without_secret_settings(settings)))
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, path if key == "init_args" else f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        for one in value:
+            name = str(one.get("class_path", "")).rpartition(".")[2] if isinstance(one, dict) else str(one)
+            yield from _flat(one, f"{path}.{name}")
+    else:
+        yield path, value
+
+
+FORGOTTEN = (
+    (INSTRUCTION, "val/instruction/loss"),
+    (INSTRUCTION, "val/instruction/exact_match"),
+    (PREFERENCE, "val/preference/loss"),
+    (PREFERENCE, "val/preference/accuracy"),
+    (PREFERENCE, "val/preference/reward"),
+)
+"""Objectives, and the held-out figures that say what the other one's phases have cost them."""

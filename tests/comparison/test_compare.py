@@ -1,0 +1,262 @@
+"""Two tiny runs side by side: figures against the files that they are from, and a page that asks for nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from hbat_lightning.cli import main
+from hbat_lightning.metrics import paired_bootstrap
+from tests.test_cli import CONFIGS, small_hybrid
+
+SCRIPT = "<script>alert('x')</script> & \"quoted\" <b>"
+
+
+class Page(HTMLParser):
+    """Tags, and text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "line", "wbr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags are not closed in order"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    def of(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [own for name, own in self.tags if name == tag and attributes.items() <= own.items()]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs, the second without EWC, and their comparison."""
+    root = tmp_path_factory.mktemp("compared")
+    telemetry = ["--config", str(CONFIGS / "telemetry.yaml")]
+    for name, more in (("first", telemetry), ("second", ["--trainer.callbacks.strength", "0", *telemetry])):
+        main(["fit", *small_hybrid(root / name), *more])
+        main(["predict", "--config", str(root / name / "config.yaml"), "--ckpt_path", "last"])
+    main(["test", "--config", str(root / "first" / "config.yaml"), "--ckpt_path", "last"])
+    # As the data, or a policy, may have it; and an answer that only one of the runs has.
+    rows = [json.loads(line) for line in (root / "second" / "predictions.jsonl").read_text().splitlines()]
+    rows[0]["completion"] = SCRIPT
+    (root / "second" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    main(["compare", str(root / "first"), str(root / "second"), "--output", str(root / "out")])
+    return root
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(compared: Path) -> list[dict[str, str]]:
+    with (compared / "out" / "comparison.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(compared: Path) -> dict[tuple[str, str], dict[str, str]]:
+    rows = [row for row in table(compared) if "other's phases" not in row["group"]]
+    return {(row["figure"], row["run"]): row for row in rows}
+
+
+@pytest.mark.parametrize("run", ["first", "second"])
+def test_figures_are_those_of_the_files(compared: Path, run: str) -> None:
+    found, switches = cells(compared), lines(compared / run / "switches.jsonl")
+    for name, value in switches[-1]["after"].items():
+        assert float(found[name, run]["value"]) == value
+    with (compared / run / "metrics.csv").open(newline="") as file:
+        metrics = list(csv.DictReader(file))
+    steps = max(int(row["step"]) for row in metrics) + 1
+    assert float(found["optimizer steps", run]["value"]) == steps == switches[-1]["step"]
+    last = [row["train/preference/loss"] for row in metrics if row["train/preference/loss"]][-1]
+    assert float(found["train/preference/loss, last", run]["value"]) == float(last)
+    cosines = [row["all"]["plain_cosine"] for row in lines(compared / run / "conflict.jsonl")]
+    assert float(found["plain_cosine, mean", run]["value"]) == pytest.approx(mean(cosines))
+    answers = lines(compared / run / "predictions.jsonl")
+    lengths = [row["tokens"] for row in answers]
+    assert float(found["length", run]["value"]) == pytest.approx(mean(lengths))
+    assert float(found["length", run]["low"]) <= mean(lengths) <= float(found["length", run]["high"])
+    assert int(found["length", run]["rows"]) == len(answers)
+
+
+def test_forgetting_is_what_the_others_phases_changed(compared: Path) -> None:
+    rows = [row for row in table(compared) if "other's phases" in row["group"] and row["run"] == "first"]
+    found = {row["figure"]: float(row["value"]) for row in rows}
+    switches = lines(compared / "first" / "switches.jsonl")
+    for name, trained in (("val/instruction/loss", "preference"), ("val/preference/accuracy", "instruction")):
+        changes = [row["after"][name] - row["before"][name] for row in switches if row["objective"] == trained]
+        assert found[name] == pytest.approx(mean(changes))
+
+
+def test_differences_are_paired_by_prompt_on_what_both_have_answered(compared: Path) -> None:
+    one, other = (lines(compared / run / "predictions.jsonl") for run in ("first", "second"))
+    assert [row["prompt"] for row in one[:-1]] == [row["prompt"] for row in other]
+    expected = paired_bootstrap([row["tokens"] for row in other], [row["tokens"] for row in one[:-1]])
+    found = cells(compared)["length", "second"]
+    names = ("difference", "difference_low", "difference_high", "difference_rows")
+    assert [float(found[name]) for name in names] == pytest.approx(list(expected))
+    assert cells(compared)["length", "first"]["difference"] == ""
+    text = (compared / "out" / "comparison.md").read_text()
+    assert f"| length | {mean(row['tokens'] for row in one):.3f} [" in text.replace(
+        "| length | 4 [", "| length | 4.000 ["
+    )
+    assert "| second − first |" in text
+
+
+def test_the_first_runs_test_figures_are_there_and_the_seconds_are_not(compared: Path) -> None:
+    found = cells(compared)
+    assert ("test/rouge1", "first") in found
+    assert ("test/rouge1", "second") not in found
+    row = next(line for line in (compared / "out" / "comparison.md").read_text().splitlines() if "test/rouge1" in line)
+    assert "–" in row
+
+
+def test_the_page_asks_for_nothing_and_shows_text_as_text(compared: Path) -> None:
+    text = (compared / "out" / "comparison.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", text.replace("// One switch", "")), (
+        "the page names an address"
+    )
+    page = Page(text)
+    assert page.open == []
+    assert len(page.of("script")) == 1
+    assert not {"src", "href"} & {key for name, own in page.tags if name != "a" for key in own}
+    assert all(str(own["href"]).startswith("#") for own in page.of("a"))
+    policy = page.of("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert str(policy[0]["content"]).startswith("default-src 'none'")
+    shown = "".join(page.text)
+    assert "<script>alert" in shown
+    assert "&amp;" not in shown
+
+
+def test_every_section_has_its_pictures(compared: Path) -> None:
+    page = Page((compared / "out" / "comparison.html").read_text())
+    sections = [str(own["id"]) for own in page.of("section")]
+    assert [str(own["href"])[1:] for own in page.of("a")] == sections
+    wanted = (
+        "figures settings training held-out forgetting drift importance pull conflict layers pareto answers samples"
+    )
+    assert sections == wanted.split()
+    titles = [str(own["aria-label"]) for own in page.of("svg")]
+    for name in (
+        "train/instruction/loss",
+        "train/preference/loss",
+        "val/preference/accuracy",
+        "Drift per layer",
+        "cosines",
+    ):
+        assert [title for title in titles if title.startswith(name)] == [f"{name}, first", f"{name}, second"]
+    assert [title for title in titles if "ewc/penalty" in title] == ["ewc/penalty, first"]  # the second has none
+    phases = lines(compared / "first" / "switches.jsonl")
+    shaded = [own for own in page.of("rect") if str(own["class"]).startswith("phase")]
+    charts = sum(
+        title.split(",")[0].split("/")[0] in ("train", "val", "ewc", "cosines", "change of val") for title in titles
+    )
+    assert len(shaded) == charts * len(phases)
+    assert len(page.of("select")) == 2
+
+
+def test_curves_break_off_where_the_other_objective_trains(compared: Path) -> None:
+    text = (compared / "out" / "comparison.html").read_text()
+    chart = text.split('aria-label="train/instruction/loss, first"')[1].split("</svg>")[0]
+    (path,) = re.findall(r'class="line instruction" d="([^"]+)"', chart)
+    spans = [row for row in lines(compared / "first" / "switches.jsonl") if row["objective"] == "instruction"]
+    pieces = path.split("M")[1:]
+    assert [len(piece.split("L")) for piece in pieces] == [row["steps"] for row in spans]
+
+
+def test_protected_layers_are_in_the_report(compared: Path) -> None:
+    rows = lines(compared / "first" / "switches.jsonl")
+    assert "importance" not in rows[0]  # no other objective had trained
+    assert rows[1]["importance"] == pytest.approx(
+        {name: value**2 for name, value in rows[0]["drift"].items()}, rel=1e-4
+    )
+    assert all("importance" not in row for row in lines(compared / "second" / "switches.jsonl"))
+
+
+def test_a_run_without_answers_hides_nobody_elses(compared: Path, tmp_path: Path) -> None:
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
+    folders = [str(tmp_path / "third"), str(compared / "first"), str(compared / "second")]
+    main(["compare", *folders, "--output", str(tmp_path / "out"), "--answers", "2"])
+    text = (tmp_path / "out" / "comparison.html").read_text()
+    assert len(re.findall('<div class="answers">', text.split('<section id="answers">')[1].split("</section>")[0])) == 2
+
+
+# ---- what is not there ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_alone_and_a_folder_that_holds_none(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", str(compared / "first"), "--output", str(tmp_path / "alone")])
+    assert "settings" not in [
+        own["id"] for own in Page((tmp_path / "alone" / "comparison.html").read_text()).of("section")
+    ]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["compare", str(compared / "first"), str(tmp_path)])
+    assert left.value.code == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a killed run may leave it: no switch yet, and a torn last line."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n1,1.25\n2,1.")
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "out")])
+    assert "| train/instruction/loss, last | 1.250 | 1.250 |" in capsys.readouterr().out
+    (tmp_path / "b" / "switches.jsonl").write_text('{"step": \n')
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), *["--output", str(tmp_path / "out")]])
+    assert "cannot be understood" in capsys.readouterr().err
+
+
+def test_figures_that_are_not_finite_are_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n1,inf\n2,nan\n")
+    change = {"val/instruction/loss": float("nan")}
+    row = {
+        "step": 3,
+        "steps": 3,
+        "objective": "preference",
+        "round": 0,
+        "before": {},
+        "after": change,
+        "change": change,
+    }
+    row |= {"drift": {"layers.0.a": float("nan"), "layers.1.a": 0.5}}
+    (tmp_path / "run" / "switches.jsonl").write_text(json.dumps(row) + "\n")
+    main(["compare", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    assert "| train/instruction/loss, last | nan |" in capsys.readouterr().out
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    coordinates = re.findall(r'(?:d|x|y|cx|cy|width|height|fill-opacity)="([^"]*)"', page)
+    assert not [one for one in coordinates if "nan" in one or "inf" in one]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one/run", "two/run"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
+    main(["compare", str(tmp_path / "one/run"), str(tmp_path / "two/run"), "--output", str(tmp_path / "out")])
+    assert f"| {tmp_path}/one/run | {tmp_path}/two/run |" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""Differences of texts, and pictures whose every coordinate can be told beforehand."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hbat_lightning.comparison.charts import Frame, Line, Spot, frame_of, heat_map, line_chart, scatter
+from hbat_lightning.comparison.differences import marked
+
+
+def test_words_that_differ_are_marked() -> None:
+    assert marked("anna bought a lamp", "anna bought the lamp") == "anna bought <del>the</del><ins>a</ins> lamp"
+    assert marked("a <b> & c", "a") == "a<ins> &lt;b&gt; &amp; c</ins>"
+    assert marked("a", "a <b>") == "a<del> &lt;b&gt;</del>"
+    assert marked("<same>", "<same>") == "&lt;same&gt;"
+    assert marked("", "gone") == "<del>gone</del>"
+
+
+@pytest.mark.parametrize(
+    ("text", "other"), [("x y z", "z y"), ("", ""), ("über, uns!", "über uns"), ("a  b\nc", "a b c")]
+)
+def test_what_is_marked_holds_both_texts(text: str, other: str) -> None:
+    shown = marked(text, other)
+    assert re.sub(r"<del>.*?</del>|</?ins>", "", shown, flags=re.DOTALL) == text
+    assert re.sub(r"<ins>.*?</ins>|</?del>", "", shown, flags=re.DOTALL) == other
+
+
+def test_points_are_where_the_axes_say() -> None:
+    frame = Frame((0.0, 10.0), (0.0, 1.0))
+    chart = line_chart("t", frame, [Line("l", [(0.0, 0.0), (5.0, 0.5), (10.0, 1.0)], "instruction", dots=True)])
+    dots = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    assert dots == [(46.0, 170.0), (198.0, 90.0), (350.0, 10.0)]
+
+
+def test_many_points_become_means_of_stretches() -> None:
+    points = [(float(n), float(n % 2)) for n in range(3000)]
+    chart = line_chart("t", frame_of([points], 3000), [Line("l", points, "instruction")])
+    (path,) = re.findall(r'class="line instruction" d="([^"]+)"', chart)
+    assert len(path.split("L")) == 300
+    assert len({piece.split()[1] for piece in path[1:].split("L")}) == 1  # every mean is a half
+
+
+def test_logarithms_only_where_values_allow_for_it() -> None:
+    assert frame_of([[(0, 0.01), (1, 10.0)]], 1, log=True).log
+    assert not frame_of([[(0, 0.0), (1, 10.0)]], 1, log=True).log
+    assert not frame_of([[(0, 1.0), (1, 2.0)]], 1, log=True).log
+    assert frame_of([], 0).y[0] < frame_of([], 0).y[1]
+
+
+def test_the_front_joins_those_that_no_other_beats() -> None:
+    spots = [
+        Spot(name, "run0", (x,) * 3, (y,) * 3)
+        for name, x, y in (("a", 0, 1), ("b", 1, 0), ("c", 0.4, 0.4), ("d", 0, 0.5))
+    ]
+    chart = scatter("t", ("x", "y"), spots)
+    (front,) = re.findall(r'class="front" d="M([^"]+)"', chart)
+    assert len(front.split("L")) == 3  # without d, which a beats
+
+
+def test_cells_are_as_dark_as_their_values() -> None:
+    signed = heat_map("t", ["a"], ["1", "2", "3"], [[0.5, -1.0, None]], signed=True)
+    assert re.findall(r'class="cell (\w+)".*?fill-opacity="([\d.]+)"', signed) == [
+        ("positive", "0.530"),
+        ("negative", "1.000"),
+    ]
+    amounts = heat_map("t", ["a"], ["1", "2"], [[4.0, 1.0]], signed=False)
+    assert re.findall(r'fill-opacity="([\d.]+)"', amounts) == ["1.000", "0.530"]

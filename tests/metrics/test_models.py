@@ -1,0 +1,163 @@
+"""Metrics that ask a model, against the model's own logits one text at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BartForConditionalGeneration
+
+from hbat_lightning import GenerationSettings, SFTModule
+from hbat_lightning.completions import Completed
+from hbat_lightning.errors import UserError
+from hbat_lightning.metrics import (
+    BARTScore,
+    ExactMatch,
+    PreferenceAccuracy,
+    ReferenceKL,
+    RewardScore,
+    Surroundings,
+    bootstrap,
+)
+from hbat_lightning.rewards import FunctionReward
+from tests.support import shake
+from tests.tiny_models import byte_tokenizer, save_bart
+
+CPU = torch.device("cpu")
+
+
+def test_bartscore_is_a_mean_log_likelihood_by_hand(tmp_path: Path) -> None:
+    save_bart(tmp_path)
+    model, tokenizer = BartForConditionalGeneration.from_pretrained(tmp_path).eval(), byte_tokenizer()
+
+    @torch.no_grad()
+    def by_hand(source: str, target: str) -> float:
+        ids, labels = (torch.tensor([tokenizer(text)["input_ids"]]) for text in (source, target))
+        begun = torch.cat([torch.tensor([[model.config.decoder_start_token_id]]), labels[:, :-1]], 1)
+        scores = model(input_ids=ids, decoder_input_ids=begun).logits[0].log_softmax(-1)
+        return float(sum(scores[place, token] for place, token in enumerate(labels[0].tolist())) / labels.shape[1])
+
+    answers = [
+        Completed("what is it", "a lamp", "the lamp is old", 2, True),
+        Completed("who", "a very long answer indeed", "", 5, True),
+        Completed("where is it then", "", "here", 0, True),
+    ]
+    metric = BARTScore(str(tmp_path), batch_size=2)
+    metric.load(CPU)
+    metric.update(answers)
+    for answer in answers:
+        expected = {"bartscore_faithfulness": by_hand(answer.prompt, answer.completion)}
+        if answer.reference:
+            expected["bartscore_precision"] = by_hand(answer.reference, answer.completion)
+            expected["bartscore_recall"] = by_hand(answer.completion, answer.reference)
+            expected["bartscore_f"] = (expected["bartscore_precision"] + expected["bartscore_recall"]) / 2
+        assert answer.scores == pytest.approx(expected, rel=1e-4)
+    mean = sum(answer.scores["bartscore_faithfulness"] for answer in answers) / 3
+    assert metric.compute()["bartscore_faithfulness"].item() == pytest.approx(mean)
+
+
+def test_without_a_model_bartscore_says_so(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no sequence-to-sequence model"):
+        BARTScore(str(tmp_path)).load(CPU)
+
+
+def completed(policy: Any) -> list[Completed]:
+    texts = [("post : my name is anna", "anna"), ("post : it rained", "it rained today")]
+    return [
+        Completed(
+            *pair, "anna", 3, True, policy.tokenizer(pair[0])["input_ids"], policy.tokenizer(pair[1])["input_ids"]
+        )
+        for pair in texts
+    ]
+
+
+def test_kl_is_the_log_ratio_of_policy_and_base(make_policy: Any, tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.build(CPU)
+    answers, metric = completed(policy), ReferenceKL()
+    metric.build(Surroundings(policy, CPU, tmp_path))
+    metric.update(answers)
+    assert [answer.scores["kl"] for answer in answers] == [0.0, 0.0]  # nothing is trained yet
+    shake(policy.trained_parameters())
+    metric.reset()
+    metric.update(answers)
+
+    @torch.no_grad()
+    def log_prob(answer: Completed) -> float:
+        ids = torch.tensor([answer.prompt_ids + answer.completion_ids])
+        scores = policy.model(ids).logits[0].log_softmax(-1)
+        begin = len(answer.prompt_ids)
+        return float(sum(scores[place - 1, ids[0, place]] for place in range(begin, ids.shape[1])))
+
+    trained = [log_prob(answer) for answer in answers]
+    with policy.model.disable_adapter():
+        base = [log_prob(answer) for answer in answers]
+    expected = [a - b for a, b in zip(trained, base, strict=True)]
+    assert [answer.scores["kl"] for answer in answers] == pytest.approx(expected, rel=1e-3)
+    assert metric.compute()["kl"].item() == pytest.approx(sum(expected) / 2, rel=1e-3)
+    with pytest.raises(UserError, match="has none beside it"):
+        ReferenceKL().build(Surroundings(make_policy(lora=None), CPU, tmp_path))
+
+
+def test_reward_win_rate_counts_ties_half_and_takes_another_runs_answers(make_policy: Any, tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.build(CPU)
+    length = FunctionReward(lambda prompt, completion: float(len(completion.split())))
+    answers, metric = completed(policy), RewardScore(length)
+    metric.build(Surroundings(policy, CPU, tmp_path))
+    metric.update(answers)
+    assert [answer.scores for answer in answers] == [
+        {"reward": 1.0, "opponent_reward": 1.0, "reward_win_rate": 0.5},
+        {"reward": 3.0, "opponent_reward": 1.0, "reward_win_rate": 1.0},
+    ]
+    assert metric.compute()["reward_win_rate"].item() == 0.75
+    spread = bootstrap([0.5, 1.0])
+    ends = [metric.compute()[f"reward_win_rate_{end}"].item() for end in ("low", "high")]
+    assert ends == pytest.approx([spread.low, spread.high])
+    metric.reset()
+    assert metric.compute() == {}
+    other = tmp_path / "predictions.jsonl"
+    rows = [{"prompt": answer.prompt, "completion": "it rained"} for answer in answers]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metric = RewardScore(length, against=str(other))
+    metric.build(Surroundings(policy, CPU, tmp_path))
+    metric.update(answers)
+    assert metric.compute()["reward_win_rate"].item() == 0.5
+    other.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="no completion of the prompt"):
+        _scored(length, other, policy, answers)
+
+
+def _scored(reward: Any, other: Path, policy: Any, answers: list[Completed]) -> None:
+    metric = RewardScore(reward, against=str(other))
+    metric.build(Surroundings(policy, CPU, other.parent))
+    metric.update(answers)
+
+
+def test_preference_accuracy_is_a_share_with_half_ties() -> None:
+    metric = PreferenceAccuracy(tolerance=0.1)
+    metric.update(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    metric.update(torch.tensor([0.5]), torch.tensor([0.45]))
+    assert metric.compute().item() == pytest.approx(1.5 / 3)
+
+
+def test_test_and_predict_use_the_metrics_that_were_given(
+    make_policy: Any, make_data: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    reward = RewardScore(FunctionReward(lambda prompt, completion: float(len(completion))))
+    module = SFTModule(
+        make_policy(), generation=GenerationSettings(max_new_tokens=4), metrics=[ExactMatch(), reward, ReferenceKL()]
+    )
+    data = make_data(val_batch_size=4)
+    tested = make_trainer().test(module, data, verbose=False)[0]
+    rows = [row for batch in make_trainer().predict(module, data) for row in batch]
+    ends = {"test/reward_win_rate_low", "test/reward_win_rate_high"}
+    assert set(tested) == {f"test/{name}" for name in rows[0]["scores"]} | ends
+    for name in rows[0]["scores"]:
+        mean = sum(row["scores"][name] for row in rows) / len(rows)
+        assert tested[f"test/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-6)
+    assert {row["scores"]["reward"] for row in rows} == {float(len(row["completion"])) for row in rows}
