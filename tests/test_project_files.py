@@ -7,35 +7,14 @@ import io
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hbat_lightning.cli import main
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
-# A layer changes settings of a model that another file names.
-LAYERS = {name for name in CONFIGS if "class_path" not in yaml.safe_load((ROOT / name).read_text()).get("model", {})}
-
-
-def fences(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-def commands() -> Iterator[str]:
-    """Every ``hbat …`` of the README, in code fences and between backticks, and of the configurations' first lines."""
-    texts = [*fences(""), *re.findall(r"`(hbat [^`]*--[^`]*)`", README)]
-    texts += [re.sub(r"^#", "", (ROOT / name).read_text(), flags=re.MULTILINE) for name in CONFIGS]
-    for text in texts:
-        for line in text.replace("\\\n", " ").splitlines():
-            if line.strip().startswith("hbat "):
-                yield " ".join(shlex.split(line, comments=True))
+from tests.documents import CONFIGS, LAYERS, README, ROOT, commands, fences
 
 
 @pytest.fixture(scope="module")
