@@ -313,7 +313,9 @@ class TestFaults:
         assert "kind of file is not known" in message
         assert ".jsonl" in message
 
-    @pytest.mark.parametrize("content", [b"plain text", gzip.compress(b'{"a": 1}\n' * 99)[:-12]])
+    @pytest.mark.parametrize(
+        "content", [b"plain text", gzip.compress(b'{"a": 1}\n' * 99)[:-12]], ids=["text", "cut off"]
+    )
     def test_damaged_gzip(self, tmp_path: Path, content: bytes) -> None:
         assert "gzip data is damaged" in fault(write(tmp_path / "a.jsonl.gz", content))
 
