@@ -187,10 +187,10 @@ def test_files_are_those_of_one_process(launched: Launched, tmp_path: Path, monk
     assert len(mine) == len(theirs)
     assert len([row for row in mine if "lr" in row]) == json.loads((whole / "run.json").read_text())["steps"]
     for row, truth in zip(mine, theirs, strict=True):
-        assert row == pytest.approx(truth, rel=1e-3, abs=1e-4)
+        assert row == pytest.approx(truth, rel=1e-3, abs=5e-4)  # sums in another order, seven steps on
     rows, truths = ((run / "switches.jsonl").read_text().splitlines() for run in (whole, one))
     for row, truth in zip(map(json.loads, rows), map(json.loads, truths), strict=True):
-        assert row["after"] == pytest.approx(truth["after"], rel=1e-3, abs=1e-4)
+        assert row["after"] == pytest.approx(truth["after"], rel=1e-3, abs=5e-4)
         assert row["drift"] == pytest.approx(truth["drift"], rel=1e-2)
     assert launched.killed.stdout.count(f"run folder: {whole}") == 1
     assert launched.resumed.stdout.count("going on from") == 4  # fit that was refused, fit, test and predict
