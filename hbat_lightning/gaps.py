@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hbat_lightning.errors import UserError
 from hbat_lightning.phases import BOTH, Part, Phase, Plan, Progress
 
 
@@ -46,14 +47,14 @@ class GapPlan(Plan):
         rounds: Trainer epochs.
         steps: Optimizer steps of each.
         weights: Per objective its weight w; the first one trains where gaps are equal.
-        best: Per objective the loss or reward f* that it would reach alone.
+        best: Per objective the loss or reward f* that it would reach alone; ``None`` is 0 for a loss, and none for a reward.
         refresh: Optimizer steps between measurements.
     """
 
     measures = True
 
     def __init__(
-        self, rounds: int, steps: int, weights: Mapping[str, float], best: Mapping[str, float], refresh: int
+        self, rounds: int, steps: int, weights: Mapping[str, float], best: Mapping[str, float | None], refresh: int
     ) -> None:
         self.weights, self.best, self.refresh = dict(weights), dict(best), refresh
         self._progress: dict[str, Progress] = {}
@@ -103,7 +104,13 @@ class GapPlan(Plan):
         return {name: self._gap(name) for name in self.weights}
 
     def _gap(self, objective: str) -> float:
-        gap = self._progress[objective].gap(self.best[objective])
+        progress, best = self._progress[objective], self.best[objective]
+        if best is None and progress.rising:
+            raise UserError(
+                f"the {objective} objective learns from a reward, and what it lacks to its best is not known: set "
+                f"model.init_args.schedule.init_args.{objective}_best to the reward that training on it alone reaches"
+            )
+        gap = progress.gap(best or 0.0)
         if not math.isfinite(gap):
             return math.inf if self.weights[objective] else 0.0
         return self.weights[objective] * gap

@@ -178,6 +178,10 @@ def go_on(checkpoint: Mapping[str, Any], module: AlignmentModule, data: HybridDa
     """
     was = checkpoint.get("hbat", {}).get("run")
     if was is None:
+        rank_zero_warn(
+            "this checkpoint does not say what its run was made of, so nothing is compared: see to it that base, data, "
+            "template, schedule and seed are those it was saved with"
+        )
         return None
     require_same_run(was, module.record, data.accept_changes)
     (position,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]

@@ -216,7 +216,8 @@ class MaxGap(Schedule):
         steps: Optimizer steps of a round.
         preference_weight: λ.
         instruction_best: Loss that the instruction objective reaches alone; a property of model and data.
-        preference_best: Loss that the preference objective reaches alone; on rollouts the reward.
+        preference_best: Loss that the preference objective reaches alone, 0 when not given; on rollouts the
+            reward, which must be given.
         refresh: Optimizer steps after which both are measured anew. On rollouts that means to sample a cycle, unless one is
             being trained on, whose rewards then serve.
     """
@@ -227,7 +228,7 @@ class MaxGap(Schedule):
         steps: int = 100,
         preference_weight: float = 0.5,
         instruction_best: float = 0.0,
-        preference_best: float = 0.0,
+        preference_best: float | None = None,
         refresh: int = 10,
     ) -> None:
         _require_positive(rounds=rounds, steps=steps, refresh=refresh)
@@ -235,12 +236,12 @@ class MaxGap(Schedule):
             raise ValueError(f"preference_weight must be in [0, 1], got {preference_weight}")
         self.rounds, self.shards, self.steps, self.refresh = rounds, 1, steps, refresh
         self.weights = {INSTRUCTION: 1 - preference_weight, PREFERENCE: preference_weight}
-        self.best = {INSTRUCTION: instruction_best, PREFERENCE: preference_best}
+        self.best: dict[str, float | None] = {INSTRUCTION: instruction_best, PREFERENCE: preference_best}
 
     def describe(self) -> str:
         """See :meth:`Schedule.describe`."""
         gaps = ", ".join(
-            f"{weight:g} × the way of {name} to {self.best[name]:g}" for name, weight in self.weights.items()
+            f"{weight:g} × the way of {name} to {self.best[name] or 0.0:g}" for name, weight in self.weights.items()
         )
         return (
             f"MaxGap (MAXRIGHT): {self.rounds} × {self.steps} optimizer steps, each on the objective with the larger of "

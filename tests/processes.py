@@ -40,7 +40,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.importance import ExactFisher, RunningFisher
 from hbat_lightning.rewards import FunctionReward
-from hbat_lightning.schedules import Interval, Joint, MaxGap, Rounds
+from hbat_lightning.schedules import Interval, Joint, MaxGap, RandomMix, Rounds
 from hbat_lightning.values import AdapterValue
 from tests.support import DoublePolicy, MemoryLogger
 
@@ -142,6 +142,7 @@ RUNS: dict[str, Callable[[], tuple[Any, list[Callback]]]] = {
     "every parameter": lambda: (hybrid(double(lora=None)), [ewc(ExactFisher(samples=3))]),
     "kto": lambda: (hybrid(double(), KTOModule(lr=2e-3)), [ImportanceFreeze(0.2), GradientConflict(rows=4)]),
     "ppo": lambda: (hybrid(double(), ppo(lr=2e-3)), [ewc()]),
+    "random mix": lambda: (hybrid(double(), DPOModule(beta=0.5), lr=None, schedule=RandomMix(1, 6, 0.5, seed=3)), []),
     "max gap": lambda: (
         hybrid(double(), DPOModule(beta=0.5), lr=None, schedule=MaxGap(1, 5, preference_weight=0.9, refresh=2)),
         [],

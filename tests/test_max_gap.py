@@ -22,6 +22,7 @@ from hbat_lightning import (
 )
 from hbat_lightning.callbacks import WindowCheckpoint
 from hbat_lightning.data import embedded
+from hbat_lightning.errors import UserError
 from hbat_lightning.objectives.critic_free import REINFORCEModule
 from hbat_lightning.phases import Part, Progress
 from hbat_lightning.rewards import FunctionReward
@@ -264,3 +265,13 @@ def test_a_run_on_rollouts_goes_on_bit_identical(make_policy: Any, make_hybrid: 
     assert same_bits(whole.weights, parts[-1].weights)
     for name in ("train/instruction/loss", "train/preference/loss", "train/preference/ratio", "gap/preference"):
         assert [value for part in parts for value in part.log.column(name)] == whole.log.column(name) != [], name
+
+
+def test_a_reward_without_a_best_is_refused() -> None:
+    """At 0 a reward would lack nothing, and nothing but instructions would ever train."""
+    plan = MaxGap(1, 3).plan({INSTRUCTION: [2], PREFERENCE: [2]})
+    with pytest.raises(UserError, match="preference_best to the reward that training on it alone reaches"):
+        plan.choose(0, lambda part: Progress(0.5, rising=part.objective == PREFERENCE))
+    plan = MaxGap(1, 3).plan({INSTRUCTION: [2], PREFERENCE: [2]})
+    plan.choose(0, lambda part: Progress(0.5 if part.objective == PREFERENCE else 0.4))
+    assert plan.figures == {"gap/instruction": 0.2, "gap/preference": 0.25}
