@@ -260,6 +260,25 @@ class OwnReward(Reward):
         return torch.zeros(len(rollouts))
 
 
+def test_ppo_at_7b_is_planned_below_12_gb(tmp_path: Path) -> None:
+    """Prompts and completions of 512 tokens, and four adapters on one NF4 base."""
+    llama = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        dtype="float16",
+    )
+    layers = [f"--config={ROOT / 'configs' / layer}" for layer in ("policy/qlora.yaml", "trainer/gpu.yaml")]
+    reward = ["--model.preference.reward", "AdapterReward", "--model.preference.reward.path", "reward"]
+    sizes = ["--model.preference.sampling.max_new_tokens", "512", "--data.max_length", "1024"]
+    batch = ["--data.batch_size", "1", "--data.val_batch_size", "1", "--trainer.default_root_dir", str(tmp_path)]
+    main(["plan", *PPO, *layers, *model_folder(tmp_path, llama), *reward, *sizes, *batch, "--budget", "12GB"])
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    assert 5e9 < plans["peak"] < 8e9, plans["peak"]
+
+
 def test_what_of_rollouts_cannot_be_planned() -> None:
     with pytest.raises(UserError, match="OwnReward is a reward of your own"):
         rollout_plan("--model.preference.reward", f"{OwnReward.__module__}.OwnReward")
