@@ -39,7 +39,7 @@ from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.run_record import go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
-from hbat_lightning.strategies import find_unused_parameters, leaves_parameters_unused
+from hbat_lightning.strategies import find_unused_parameters, leave_group_at_exit, leaves_parameters_unused
 from hbat_lightning.stream import stable_seed
 from hbat_lightning.sums import Totals, WindowTotals, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
@@ -186,6 +186,7 @@ class AlignmentModule(LightningModule):
 
     def configure_model(self) -> None:
         """Build the policy; Lightning calls this for every entry point, before it restores a checkpoint."""
+        leave_group_at_exit(self.trainer)
         with self.ranks.together():
             self._build()
         self.ranks.require_equal("the base model's weights", self.policy.base_fingerprint)

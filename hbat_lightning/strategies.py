@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from typing import cast
 
+import torch.distributed
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -98,3 +100,22 @@ def find_unused_parameters(trainer: Trainer, needed: bool) -> None:
             "as a value function in an instruction phase: use --trainer.strategy ddp, or ddp_find_unused_parameters_true"
         )
     strategy._ddp_kwargs.setdefault("find_unused_parameters", needed)
+
+
+def leave_group_at_exit(trainer: Trainer) -> None:
+    """Have this process leave the group that its strategy joined, before the interpreter comes down.
+
+    Threads of a gloo group let go of tensors, for which they need the interpreter. Where one of them comes late, as on a busy
+    machine, it finds the interpreter gone and aborts a process that has done all its work. Lightning leaves NCCL groups only.
+
+    Args:
+        trainer: The trainer, after its strategy's environment was set up.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,12 +1,13 @@
 """Runs that several processes train together, and one process by itself at the same global batch.
 
 ``torchrun --nproc-per-node 2 -m tests.processes FOLDER begin`` runs all of :data:`RUNS`, each rank leaving what it ended
-with in FOLDER, then the command line twice; the second run is killed on the way. With ``go_on`` in the place of ``begin``
-that run goes on. The tests that start both are in ``test_several_processes.py``.
+with in FOLDER, then the command line three times; the last run is killed on the way. With ``go_on`` in the place of
+``begin`` that run goes on. The tests that start both are in ``test_several_processes.py``.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -48,6 +49,7 @@ WORLD = 2
 BATCH, ACCUMULATE = 2, 2  # on each of two devices; one device accumulates twice as many
 SAVED = 4  # optimizer steps, in the middle of the second instruction phase
 LORA = LoraSettings(r=4, alpha=8)
+DOUBLE = ("--trainer.precision", "64-true")
 NOISY = LoraSettings(r=4, alpha=8, dropout=0.1)
 
 
@@ -233,16 +235,23 @@ def begin(folder: Path) -> None:
         torch.save(train(name, folder), folder / f"{name}.{rank}.pt")
     (folder / f"failing.{rank}.txt").write_text(fail(folder))
     main(fit_arguments(folder / "whole", WORLD))
+    main([*fit_arguments(folder / "double", WORLD), *DOUBLE])
     killed = ["--trainer.callbacks+=tests.processes.Kill", "--trainer.callbacks.step", "5"]
     main(fit_arguments(folder / "killed", WORLD) + killed)
 
 
 def go_on(folder: Path) -> None:
+    atexit.register(write_group, folder / f"group.{os.environ['RANK']}.txt")  # the first to be registered runs last
     with contextlib.suppress(SystemExit):
         main([*fit_arguments(folder / "killed", WORLD), "--ckpt_path", "last", "--seed_everything", "7"])
     main([*fit_arguments(folder / "killed", WORLD), "--ckpt_path", "last"])
     for command in ("test", "predict"):
         main([command, "--config", str(folder / "killed" / "config.yaml"), "--ckpt_path", "last"])
+
+
+def write_group(file: Path) -> None:
+    """Whether there still is a process group."""
+    file.write_text(str(torch.distributed.is_initialized()))
 
 
 if __name__ == "__main__":

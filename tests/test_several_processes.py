@@ -143,6 +143,12 @@ def test_a_run_goes_on_with_another_number_of_devices(launched: Launched, tmp_pa
     assert distance(again["weights"], end["weights"]) < EXACT
 
 
+def test_processes_leave_their_group_before_the_interpreter_comes_down(launched: Launched) -> None:
+    """A thread of the group that needs the interpreter after that aborts its process: it did in 4 of 25 short runs on a busy CPU."""
+    groups = [(launched.folder / f"group.{rank}.txt").read_text() for rank in range(processes.WORLD)]
+    assert groups == ["False", "False"]
+
+
 def test_a_mistake_that_one_process_meets_ends_all_with_the_same_line(launched: Launched) -> None:
     lines = [(launched.folder / f"failing.{rank}.txt").read_text() for rank in range(processes.WORLD)]
     assert lines[0] == lines[1]
@@ -180,18 +186,18 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(launched: Launch
 def test_files_are_those_of_one_process(launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row once, every figure of the whole window and of all held-out rows; what is said is said once."""
     monkeypatch.chdir(ROOT)
-    main(processes.fit_arguments(tmp_path / "one", world=1))
-    whole, one = launched.folder / "whole", tmp_path / "one"
+    main([*processes.fit_arguments(tmp_path / "one", world=1), *processes.DOUBLE])
+    whole, one = launched.folder / "double", tmp_path / "one"
     assert {path.name for path in whole.iterdir()} == {path.name for path in one.iterdir()}
     mine, theirs = table(whole / "metrics.csv"), table(one / "metrics.csv")
     assert len(mine) == len(theirs)
     assert len([row for row in mine if "lr" in row]) == json.loads((whole / "run.json").read_text())["steps"]
     for row, truth in zip(mine, theirs, strict=True):
-        assert row == pytest.approx(truth, rel=1e-3, abs=5e-4)  # sums in another order, seven steps on
+        assert row == pytest.approx(truth, rel=1e-6, abs=1e-6)  # loggers get fp32
     rows, truths = ((run / "switches.jsonl").read_text().splitlines() for run in (whole, one))
     for row, truth in zip(map(json.loads, rows), map(json.loads, truths), strict=True):
-        assert row["after"] == pytest.approx(truth["after"], rel=1e-3, abs=5e-4)
-        assert row["drift"] == pytest.approx(truth["drift"], rel=1e-2)
+        assert row["after"] == pytest.approx(truth["after"], rel=1e-6, abs=1e-6)
+        assert row["drift"] == pytest.approx(truth["drift"], rel=1e-6)
     assert launched.killed.stdout.count(f"run folder: {whole}") == 1
     assert launched.resumed.stdout.count("going on from") == 4  # fit that was refused, fit, test and predict
 
