@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,7 +10,7 @@ from torch import Tensor
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
 from hbat_lightning.errors import UserError
-from hbat_lightning.functional import effective_number
+from hbat_lightning.functional import add_pull, effective_number, total_norm
 from hbat_lightning.importance import Importance, ImportanceWeights, ProportionalWeights, Tensors
 from hbat_lightning.switches import PhaseKey
 
@@ -100,31 +98,11 @@ class ElasticWeightConsolidation(ImportanceCallback):
         gradients = self.observe(trained)
         if not self._factors:
             # The same figures as with a pull: Lightning would go on telling those of an earlier phase.
-            norm = _norm(list(gradients.values()))
+            norm = total_norm(torch._foreach_norm(list(gradients.values())))
             return {"penalty": torch.zeros(()), "pull_norm": torch.zeros(()), "task_gradient_norm": norm}
-        return self._pull(trained, gradients, self.anchors(module))
-
-    def _pull(
-        self, trained: dict[str, torch.nn.Parameter], gradients: dict[str, Tensor], anchors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        parts = []
-        for names in _pieces(gradients):  # what has no gradient does not move, so it needs no pull
-            grads, factors = [gradients[name] for name in names], [self._factors[name] for name in names]
-            task = torch._foreach_norm(grads)
-            pulls = list(
-                torch._foreach_sub([trained[name].detach() for name in names], [anchors[name] for name in names])
-            )
-            squares = [_weighted_square(*pair) for pair in zip(factors, pulls, strict=True)]
-            doubled: list[Any] = [2.0 * factor for factor in factors]
-            torch._foreach_mul_(pulls, doubled)
-            torch._foreach_add_(grads, pulls)
-            parts += list(zip(squares, torch._foreach_norm(pulls), task, strict=True))
-        squares, pull_norms, task_norms = (list(column) for column in zip(*parts, strict=True))
-        return {
-            "penalty": torch.stack(squares).sum(),
-            "pull_norm": _total(pull_norms),
-            "task_gradient_norm": _total(task_norms),
-        }
+        # What has no gradient does not move, so it needs no pull.
+        pull = add_pull(gradients, trained, self.anchors(module), self._factors)
+        return {"penalty": pull.penalty, "pull_norm": pull.norm, "task_gradient_norm": pull.task_norm}
 
     # ---- switches -------------------------------------------------------------------------------------------------
 
@@ -160,29 +138,3 @@ class ElasticWeightConsolidation(ImportanceCallback):
                 f"{where}: a phase of one optimizer step starts and ends at its anchor, where the penalty is zero; "
                 "give phases more steps"
             )
-
-
-def _pieces(tensors: dict[str, Tensor]) -> list[list[str]]:
-    """Names of what is worked on at once.
-
-    On a GPU everything, in few launches. On a CPU one tensor after the other, which then stays in the caches for all that is
-    done with it.
-    """
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
-    return [[name] for name in tensors] if on_cpu else [list(tensors)]
-
-
-def _weighted_square(factor: Tensor | float, pull: Tensor) -> Tensor:
-    """``sum(factor · pull²)``; for one factor, without a tensor of squares."""
-    if isinstance(factor, float):
-        square: Tensor = torch.linalg.vector_norm(pull).square()
-        return factor * square
-    return (factor * pull.square()).sum()
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return _total(list(torch._foreach_norm(tensors)))
-
-
-def _total(norms: list[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in norms]).square().sum().sqrt()

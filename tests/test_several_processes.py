@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_another_number_of_devices(launched: Launched, tmp_pa
 
 
 def test_processes_leave_their_group_before_the_interpreter_comes_down(launched: Launched) -> None:
-    """A thread of the group that needs the interpreter after that aborts its process: it did in 4 of 25 short runs on a busy CPU."""
+    """A thread of the group that needs the interpreter later aborts its process, as in 4 of 25 short runs on a busy CPU."""
     groups = [(launched.folder / f"group.{rank}.txt").read_text() for rank in range(processes.WORLD)]
     assert groups == ["False", "False"]
 

@@ -15,6 +15,7 @@ from hbat_lightning.functional.log_probs import (
     token_log_probs,
 )
 from hbat_lightning.functional.losses import log1mexp, log_odds, orpo_loss, rrhf_loss, sft_loss, simpo_loss
+from hbat_lightning.functional.pull import Pull, add_pull, total_norm
 from hbat_lightning.functional.reference_losses import (
     dpo_loss,
     hinge_loss,
@@ -39,6 +40,8 @@ from hbat_lightning.functional.reinforcement import (
 from hbat_lightning.functional.reward_losses import bradley_terry_loss, preference_calibration
 
 __all__ = [
+    "Pull",
+    "add_pull",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -73,6 +76,7 @@ __all__ = [
     "split_half_products",
     "squared_displacement",
     "token_log_probs",
+    "total_norm",
     "truncation_log_mass",
     "whiten",
 ]
