@@ -2,7 +2,7 @@
 
 A post says who writes, what was bought where, what is wrong with it, and what is asked, with some small talk between::
 
-    post : i bought a i5 at p7 . my name is n3 . it rained . it has q3 . should i a9 ? request : who
+    post : i bought a i5 . my name is n3 . it rained . i was at p7 . it has q3 . should i a9 ? request : who
 
 **Instructions** ask for a fact (``who``, ``what``, ``where``, ``why``, ``ask``), for three of them (``short``) or for the
 whole (``plain``); each has one right answer. A share of the rows are ``tldr``: summaries as people write them, which leave
@@ -81,7 +81,8 @@ def write_post(rng: random.Random, facts: Facts) -> str:
     """A post in random order."""
     sentences = [
         f"my name is {facts.name} .",
-        f"i bought a {facts.item} at {facts.place} .",
+        f"i bought a {facts.item} .",
+        f"i was at {facts.place} .",
         f"it has {facts.problem} .",
         f"should i {facts.question} ?",
         *(f"{talk} ." for talk in rng.sample(SMALL_TALK, rng.randrange(3))),
