@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -94,11 +94,13 @@ def _begin_worker() -> None:
     quiet.install()
 
 
-def carry_out(plan: Plan, methods: Mapping[str, Method], workers: Workers, variants: bool) -> list[dict[str, Any]]:
+def carry_out(
+    plan: Plan, methods: Mapping[str, Method], workers: Workers, variants: bool
+) -> Iterator[list[dict[str, Any]]]:
     """All stages.
 
-    Returns:
-        Results of the final runs and the variants, each with the name of its stage.
+    Yields:
+        Results so far, each with the name of its stage: of the final runs, and with those of the variants.
     """
     seeds = [*plan.tuning, *plan.final]
     workers.all("worlds", make_world, [(plan.output / "worlds", seed, plan.sizes) for seed in seeds])
@@ -120,9 +122,9 @@ def carry_out(plan: Plan, methods: Mapping[str, Method], workers: Workers, varia
     ]
     done = [{"stage": "tuning", **one} for one in results]
     done += [{"stage": "final", **one} for one in workers.all("final", run, final)]
+    yield done
     if variants:
-        done += _variants(plan, methods, chosen, workers, golds)
-    return done
+        yield done + _variants(plan, methods, chosen, workers, golds)
 
 
 def _tuned(plan: Plan, method: Method, workers: Workers, full: bool = False) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone, and sft")
     parser.add_argument("--seeds", type=int, default=5, help="final seeds")
-    parser.add_argument("--draws", type=int, default=8, help="tried of each method, on two tuning seeds")
+    parser.add_argument("--draws", type=int, default=6, help="tried of each method, on two tuning seeds")
     parser.add_argument(
         "--tldr-share", type=float, default=1 / 3, help="of instruction rows that pull against preferences"
     )
@@ -198,13 +200,9 @@ def main() -> None:
     unknown = wanted - set(methods)
     if unknown:
         parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
-    done = carry_out(
-        plan,
-        {name: method for name, method in methods.items() if name in wanted},
-        Workers(given.workers),
-        not given.smoke,
-    )
-    report(given.output, done)
+    methods = {name: method for name, method in methods.items() if name in wanted}
+    for results in carry_out(plan, methods, Workers(given.workers), not given.smoke):
+        report(given.output, results)
 
 
 if __name__ == "__main__":

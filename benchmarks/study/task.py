@@ -5,8 +5,9 @@ A post says who writes, what was bought where, what is wrong with it, and what i
     post : i bought a i5 . my name is n3 . it rained . i was at p7 . it has q3 . should i a9 ? request : who
 
 **Instructions** ask for a fact (``who``, ``what``, ``where``, ``why``, ``ask``), for three of them (``short``) or for the
-whole (``plain``); each has one right answer. A share of the rows are ``tldr``: summaries as people write them, which leave
-facts out, or begin with ``please`` or end with ``thanks`` or say ``basically`` now and then.
+whole (``plain``); each has one right answer, in words of the pre-training: what is learnt is what to say when. A share of
+the rows are ``tldr``: summaries as people write them, which leave facts out, or begin with ``please`` or end with ``thanks``
+or say ``basically`` now and then.
 
 **Preferences** are about ``tldr`` alone. Gold, which no method sees but by labels of pairs, is::
 
@@ -24,7 +25,18 @@ from dataclasses import dataclass
 NAMES, ITEMS, PLACES = ([f"{letter}{number}" for number in range(24)] for letter in "nip")
 PROBLEMS, QUESTIONS = ([f"{letter}{number}" for number in range(16)] for letter in "qa")
 ENTITIES = frozenset([*NAMES, *ITEMS, *PLACES, *PROBLEMS, *QUESTIONS])
-SMALL_TALK = ("it rained", "this week was long", "i hope all is well", "we had soup")
+SMALL_TALK = (  # with the words that requests are made of, so that the base model has met them
+    "it rained",
+    "this week was long",
+    "we had plain soup",
+    "you know who was there",
+    "what a day",
+    "guess where we sat",
+    "that is why",
+    "do not ask",
+    "i keep it short",
+    "i have a request",
+)
 EXACT = ("who", "what", "where", "why", "ask", "short", "plain")
 TLDR = "tldr"
 OPENING, ENDING, FILLER = "please", "thanks", "basically"
@@ -50,11 +62,11 @@ class Facts:
     def answer(self, instruction: str) -> str:
         """The one right answer."""
         return {
-            "who": self.name,
-            "what": self.item,
-            "where": self.place,
-            "why": self.problem,
-            "ask": self.question,
+            "who": f"name is {self.name}",
+            "what": f"a {self.item}",
+            "where": f"at {self.place}",
+            "why": f"it has {self.problem}",
+            "ask": f"should {self.name} {self.question}",
             "short": f"{self.name} bought a {self.item} should {self.name} {self.question}",
             "plain": self.summary,
         }[instruction]
