@@ -145,8 +145,14 @@ def test_a_reward_model(reward_model: tuple[Path, list[dict[str, str]]]) -> None
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-3:]) / 3 < 0.6
     held_out = next(row for row in reversed(rows) if row["val/preference/loss"])
-    for name in ("accuracy", "confidence", "brier"):
-        assert 0.0 <= float(held_out[f"val/preference/{name}"]) <= 1.0
+    accuracy, confidence, brier = (
+        float(held_out[f"val/preference/{name}"]) for name in ("accuracy", "confidence", "brier")
+    )
+    assert 0.0 < accuracy <= 1.0
+    assert 0.5 < confidence < 1.0  # of the likelier answer
+    assert (
+        (1 - confidence) ** 2 <= brier < confidence
+    )  # whatever is preferred: (1 - c)² where it is the likelier, else c²
     assert (folder / "adapter" / "reward_head.safetensors").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,10 +24,11 @@ _DIVERGENCES = {"k1": kl_k1, "k3": kl_k3}
 class PolicyGradientModule(RolloutModule):
     """Base of the objectives whose loss weighs the ratio of new to old probability with an advantage.
 
-    Logged are, besides what :class:`RolloutModule` and a loss log, the mean over completions of the ``kl`` to the reference
-    (k1, summed over tokens); over actions (tokens, with RLOO completions) ``ratio``, new to old probability, and ``clipped``,
-    the share whose ratio is beyond the clip; and over tokens ``truncation``, how many nats the log-probabilities of what was
-    really sampled from are above the policy's: 0 without top-k and top-p.
+    Logged are, besides what :class:`RolloutModule` and a loss log, over completions the mean of the ``kl`` to the reference
+    (k1, summed over tokens) and ``reward_clipped``, the share whose reward was cut; over actions (tokens, with RLOO
+    completions) ``ratio``, new to old probability, and ``clipped``, the share whose ratio is beyond the clip; and over tokens
+    ``truncation``, how many nats the log-probabilities of what was really sampled from are above the policy's: 0 without
+    top-k and top-p.
 
     Args:
         reward: Scores completions.
@@ -40,7 +42,7 @@ class PolicyGradientModule(RolloutModule):
     """
 
     dropout = False  # policy and sampler must agree at the same weights, or the first ratio is not 1
-    figures = (*RolloutModule.figures, "kl")
+    figures = (*RolloutModule.figures, "kl", "reward_clipped")
 
     def __init__(
         self,
@@ -112,15 +114,16 @@ class PolicyGradientModule(RolloutModule):
     def _shape_rewards(self, rollouts: Sequence[Rollout]) -> None:
         """The reward that counts, of each completion: clipped, less what is missing, whitened."""
         values = torch.tensor([rollout.figures["reward"] for rollout in rollouts], dtype=torch.float64)
-        if self.reward_clip is not None:
-            values = values.clamp(-self.reward_clip, self.reward_clip)
+        limit = math.inf if self.reward_clip is None else self.reward_clip
+        clipped = values.abs() > limit
+        values = values.clamp(-limit, limit)
         stopped = torch.tensor([rollout.figures["stopped"] for rollout in rollouts], dtype=torch.float64)
         values = values - self.missing_stop_penalty * (1 - stopped)
         if self._moments is not None:
             self._moments.add(values)
             values = self._moments.whiten(values)
-        for rollout, value in zip(rollouts, values.tolist(), strict=True):
-            rollout.figures["shaped_reward"] = value
+        for rollout, value, cut in zip(rollouts, values.tolist(), clipped.tolist(), strict=True):
+            rollout.figures |= {"shaped_reward": value, "reward_clipped": float(cut)}
 
     def divergence(self, rollout: Rollout) -> Tensor:
         """``(n,)`` the estimate of the divergence at each token of a completion."""

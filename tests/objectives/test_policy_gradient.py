@@ -168,6 +168,23 @@ def test_rloo_is_without_bias_at_two_samples() -> None:
     close(mean, exact_gradient(policy, 1.0, COST))
 
 
+@pytest.mark.parametrize(
+    ("limit", "cut", "kept"), [(2.0, [1, 0, 0, 1], [2, 2, -1, -2]), (None, [0] * 4, [3, 2, -1, -5])]
+)
+def test_how_many_rewards_are_cut_is_told(limit: float | None, cut: list[int], kept: list[int]) -> None:
+    objective = make(REINFORCEModule, kl_coefficient=0.0, reward_clip=limit)
+    policy, rollouts = TablePolicy(), [rollout((1, 2)) for _ in range(4)]
+    for one, reward in zip(rollouts, [3.0, 2.0, -1.0, -5.0], strict=True):
+        one.figures["reward"] = reward
+    with torch.no_grad():
+        objective.look(policy, rollouts, CPU)
+    objective.settle([[one] for one in rollouts])
+    assert [one.figures["reward_clipped"] for one in rollouts] == cut
+    assert [one.figures["shaped_reward"] for one in rollouts] == kept
+    total, count = objective.loss(policy, collate_rollouts(rollouts, 0))["reward_clipped"]
+    assert (float(total), int(count)) == (sum(cut), 4)
+
+
 def test_groups_of_unequal_size_are_each_judged_by_themselves() -> None:
     """A prompt with three completions and one with two, as dynamic sampling makes them: by hand."""
     rewards = [[1.0, 2.0, 6.0], [0.5, -1.0]]
