@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from datetime import date
 from pathlib import Path
@@ -132,8 +133,18 @@ def main() -> None:
         cells = [[one[key] for one in found] for key in found[0]]
         lines.append(f"| {name} | {' | '.join(map(_spread, cells))} | {_signal(found)} |")
         progress.write(lines[-1])
-        told = f"`python benchmarks/rewards.py`, seeds 1 to {args.seeds}, CPU, {date.today()}; mean ± deviation over seeds."
-        args.table.write_text(f"{told}\n\n" + "\n".join(lines) + "\n")
+        args.table.write_text(_about(args.seeds) + "\n".join(lines) + "\n")
+
+
+def _about(seeds: int) -> str:
+    return (
+        f"`python benchmarks/rewards.py`, seeds 1 to {seeds}, {os.cpu_count()} CPU cores without a GPU, {date.today()}; "
+        "mean ± standard deviation\n"
+        "over seeds. All begin at the same SFT policy of their seed, learn at one learning rate, "
+        f"{LEARNING['model.optimizer.lr']}, that was not tuned, and see as many\n"
+        "prompts; objectives with several samples of each make more steps. KL is that to the start, in nats per completion; RAFT\n"
+        "has no reference to measure it by. With five seeds a rise of 2.7 spreads is 6 standard errors.\n\n"
+    )
 
 
 def _spread(cell: list[float]) -> str:
