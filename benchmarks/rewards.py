@@ -142,8 +142,8 @@ def _about(seeds: int) -> str:
         "mean ± standard deviation\n"
         "over seeds. All begin at the same SFT policy of their seed, learn at one learning rate, "
         f"{LEARNING['model.optimizer.lr']}, that was not tuned, and see as many\n"
-        "prompts; objectives with several samples of each make more steps. KL is that to the start, in nats per completion; RAFT\n"
-        "has no reference to measure it by. With five seeds a rise of 2.7 spreads is 6 standard errors.\n\n"
+        "prompts; objectives with several samples of each make more steps. KL is that to the start, in nats per "
+        "completion; RAFT\nhas no reference to measure it by. With five seeds a rise of 2.7 spreads is 6 standard errors.\n\n"
     )
 
 
