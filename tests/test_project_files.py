@@ -58,6 +58,21 @@ def test_readme_lists_every_configuration() -> None:
     assert set(layers) == LAYERS
 
 
+def test_every_method_has_a_line_with_its_loss_and_command() -> None:
+    """Of all configurations but those that say where and how something runs."""
+    head, _, *rows = re.search(r"^\| method \|.*\n(?:\|.*\n)+", README, re.MULTILINE)[0].splitlines()  # type: ignore[index]
+    assert head == "| method | in the Hbat paper | loss | command |"
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    assert all(len(row) == 4 and row[0] and row[2] and row[3].startswith("`hbat fit ") for row in cells), cells
+    last = {re.findall(r"configs/\S+?\.yaml", row[3])[-1] for row in cells}
+    own = r"configs/(?:preference/|reinforcement/)?[^/]+\.yaml"
+    beside = {f"configs/{name}.yaml" for name in ("demo", "metrics", "telemetry")}
+    assert {name for name in CONFIGS if re.fullmatch(own, name)} - beside <= last
+    named = {row[1] for row in cells} - {""}
+    paper = ["SFT", "RLHF", "DPO", "RLHF+pt", "SFT+ppo", "Hbat (DPO)", "Hbat (PPO)", "Hbat without EWC", "Hbat-Freeze"]
+    assert named >= {*paper, "Hbat-Random", "original EWC", "Hbat + ESRL"}
+
+
 def test_readme_names_files_and_targets_that_exist() -> None:
     for name in re.findall(r"`((?:hbat_lightning|configs|tests|callbacks)/[\w/]*\.\w+)`", README):
         assert (ROOT / name).is_file(), name
