@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,10 +37,16 @@ class Outcome:
     code: int
     seconds: float
 
-    def is_of(self, stop: Stop) -> bool:
-        """Whether it ended as it must, wherever the stop came; one that comes late may find a finished run."""
+    def is_of(self, stop: Stop, counts: Mapping[str, int]) -> bool:
+        """Whether it ended as it must, wherever the stop came; one that comes late may find a finished run.
+
+        Args:
+            stop: What it was to meet.
+            counts: How often it came to each place, if it could say so.
+        """
         if isinstance(stop.signal, Fault):
-            return self.code in (BROKEN, REFUSED, FINISHED)
+            came = counts.get(stop.place, 0) >= stop.count
+            return self.code in ((BROKEN, REFUSED) if came else (FINISHED,))
         asked = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
         return self.code in (-stop.signal, asked.get(stop.signal, -stop.signal), FINISHED)
 
@@ -66,6 +72,7 @@ class Launcher:
             stop: A signal that it gets.
         """
         place.mkdir(parents=True, exist_ok=True)
+        (place / "counts.json").unlink(missing_ok=True)
         began = time.monotonic()
         child = os.fork()
         if child == 0:

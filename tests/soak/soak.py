@@ -77,20 +77,20 @@ def _weighed(rng: random.Random, weights: dict[Any, int]) -> Any:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def live(launcher: Launcher | Commands, place: Path, life: Life, next_stop: Callable[[], Stop], most: int) -> Life:
+def live(launcher: Launcher | Commands, place: Path, life: Life, next_stop: Callable[[bool], Stop], most: int) -> Life:
     """Stop a run so often, let it go on each time, and in the end to its end.
 
     Args:
         launcher: Starts it.
         place: Where.
         life: What is known of it so far; what happens to it is added.
-        next_stop: Draws stops.
+        next_stop: Draws stops; whether the run goes on, which comes to other places, is what it is told.
         most: How often.
     """
     for number in range(most):
-        stop = next_stop()
+        stop = next_stop(number > 0)
         outcome = launcher.fit(place, resume=number > 0, stop=stop)
-        if not outcome.is_of(stop):
+        if not outcome.is_of(stop, _counts(place)):
             life.failures.append(f"{stop}: exit code {outcome.code}")
         if outcome.code == FINISHED:
             return life
@@ -120,10 +120,19 @@ def soak(scenario: Scenario, kind: str, folder: Path, seed: int, commands: bool 
         outcome = launcher.fit(truth)
         if outcome.code != FINISHED:
             return [asdict(Life(kind, scenario.name, failures=[f"without a stop: exit code {outcome.code}"]))]
-        counts = {} if commands else json.loads((truth / "counts.json").read_text())
+        counts = (
+            {True: {}, False: {}} if commands else {False: _counts(truth), True: _counts_going_on(launcher, folder)}
+        )
+
+        only = {place: count for place, count in counts[True].items() if place not in counts[False]}
+
+        def next_stop(goes_on: bool) -> Stop:
+            places = only if goes_on and only and rng.random() < 0.3 else counts[goes_on]
+            return draw_stop(rng, places, outcome.seconds)
+
         for number in range(LIVES):
             place, life = folder / f"life {number}", Life(kind, scenario.name)
-            live(launcher, place, life, lambda: draw_stop(rng, counts, outcome.seconds), rng.randint(2, MOST))
+            live(launcher, place, life, next_stop, rng.randint(2, MOST))
             life.failures += differences(truth / FOLDER, place / FOLDER)
             done.append(asdict(life))
         return done
@@ -140,6 +149,21 @@ def soak(scenario: Scenario, kind: str, folder: Path, seed: int, commands: bool 
     if not any(life.failures for life in done):
         shutil.rmtree(folder)
     return done
+
+
+def _counts(place: Path) -> dict[str, int]:
+    """How often the run that ended here last came to each place; nothing of a run that could not say so."""
+    file = place / "counts.json"
+    counts: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+    return counts
+
+
+def _counts_going_on(launcher: Launcher | Commands, folder: Path) -> dict[str, int]:
+    """The places of a run that was killed early, and then goes on to its end."""
+    place = folder / "going on"
+    launcher.fit(place, stop=Stop(signal.SIGKILL, "after the link to a checkpoint", 1))
+    launcher.fit(place, resume=True)
+    return _counts(place)
 
 
 def table(lives: list[Life]) -> str:

@@ -106,7 +106,11 @@ class Traps:
         self.around(files, "sync_folder", "the folder is synced")
         self.around(Policy, "export", "the export")
         self.around(cli, "leave_mark", "run.json")
+        # What only runs that go on come to.
         self.around(cli, "find_checkpoint", "the search for a checkpoint")
+        self.around(checkpoint_io.AtomicCheckpointIO, "load_checkpoint", "a checkpoint is read")
+        self.around(alignment.AlignmentModule, "on_load_checkpoint", "what a checkpoint says is taken over")
+        self.around(metrics_logger.MetricsLogger, "forget_from", "later rows of metrics.csv go")
 
 
 def _place_of(trainer: Any, hook: str, args: tuple[Any, ...]) -> str:
