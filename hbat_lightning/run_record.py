@@ -162,7 +162,7 @@ def _pair(value: Any) -> list[Any]:
 # ---- comparing --------------------------------------------------------------------------------------------------------
 
 
-def go_on(checkpoint: Mapping[str, Any], module: AlignmentModule, data: HybridDataModule) -> Mapping[str, Any] | None:
+def go_on(checkpoint: Mapping[str, Any], module: AlignmentModule, data: HybridDataModule) -> Mapping[str, Any]:
     """Compare the run of a checkpoint with the one that goes on from it, and prepare the stream for its position.
 
     Args:
@@ -171,18 +171,18 @@ def go_on(checkpoint: Mapping[str, Any], module: AlignmentModule, data: HybridDa
         data: Its data, read.
 
     Returns:
-        The checkpoint's record; ``None`` of one that was written before there were any.
+        The checkpoint's record.
 
     Raises:
-        UserError: When it is another run, and the user has not accepted that; names every difference.
+        UserError: When it is another run, and the user has not accepted that; names every difference. When it is none of
+            this package.
     """
     was = checkpoint.get("hbat", {}).get("run")
     if was is None:
-        rank_zero_warn(
-            "this checkpoint does not say what its run was made of, so nothing is compared: see to it that base, data, "
-            "template, schedule and seed are those it was saved with"
+        raise UserError(
+            "this checkpoint does not say what its run was made of, as those of hbat fit do, so nothing can be compared: "
+            "start a new run; from an adapter/ folder, policy.init_args.adapter_path takes its weights"
         )
-        return None
     require_same_run(was, module.record, data.accept_changes)
     (position,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     window = position["fingerprint"]["accumulate_grad_batches"]

@@ -198,6 +198,18 @@ def test_another_tokenizer_is_refused_and_cuts_up_what_is_left_where_it_is_accep
     assert again.trainer.global_step == 7
 
 
+@pytest.mark.parametrize("missing", ["run", "hbat"])
+def test_a_checkpoint_without_a_record_is_refused(missing: str, saved: Path, go: Any, tmp_path: Path) -> None:
+    other = torch.load(saved, weights_only=True)
+    if missing == "run":
+        del other["hbat"]["run"]
+    else:
+        del other["hbat"]
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=r"does not say what its run was made of.*start a new run"):
+        go(ckpt=tmp_path / "other.ckpt")
+
+
 def test_a_setting_that_changes_what_is_trained_is_named_as_the_cause(saved: Path, go: Any, rows: Any) -> None:
     data = rows(max_length=24, truncation="prompt_left")
     with pytest.raises(
