@@ -93,8 +93,8 @@ def _is_finished(mark: Path) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove a run's files, and nothing else that lies beside them."""
-    for name in OUTPUTS:
-        (folder / name).unlink(missing_ok=True)
+    for path in [*(folder / name for name in OUTPUTS), *folder.glob("rank*.nonfinite.jsonl")]:  # of further processes
+        path.unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import torch
 
 from hbat_lightning.checkpoint_io import AtomicCheckpointIO
 from hbat_lightning.errors import UserError
-from hbat_lightning.run_folder import find_checkpoint, leave_mark, require_free
+from hbat_lightning.run_folder import clear, find_checkpoint, leave_mark, require_free
 
 
 @pytest.fixture
@@ -68,3 +68,13 @@ def test_a_torn_mark_is_none(tmp_path: Path) -> None:
         require_free(tmp_path)
     (tmp_path / "run.json").write_text('{"status": "fini')
     require_free(tmp_path)
+
+
+def test_a_run_s_files_go_and_others_stay(tmp_path: Path) -> None:
+    of_run = ["metrics.csv", "run.json", "nonfinite.jsonl", "rank1.nonfinite.jsonl", "rank12.nonfinite.jsonl"]
+    others = ["notes.txt", "mine.jsonl", "rank1.notes.jsonl"]
+    for name in of_run + others:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "checkpoints").mkdir()
+    clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
