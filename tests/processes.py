@@ -48,6 +48,7 @@ from tests.support import DoublePolicy, MemoryLogger
 WORLD = 2
 BATCH, ACCUMULATE = 2, 2  # on each of two devices; one device accumulates twice as many
 SAVED = 4  # optimizer steps, in the middle of the second instruction phase
+BETWEEN_PASSES = 3  # of PPO: its rollouts have been trained on once, and wait for the second time
 LORA = LoraSettings(r=4, alpha=8)
 DOUBLE = ("--trainer.precision", "64-true")
 NOISY = LoraSettings(r=4, alpha=8, dropout=0.1)
@@ -173,7 +174,9 @@ def train(name: str, folder: Path, world: int = WORLD, batch_size: int = BATCH, 
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         accumulate_grad_batches=ACCUMULATE * shares,
-        callbacks=[*callbacks, Save(SAVED, folder / f"{name}.ckpt")] if world > 1 else callbacks,
+        callbacks=[*callbacks, Save(BETWEEN_PASSES if name == "ppo" else SAVED, folder / f"{name}.ckpt")]
+        if world > 1
+        else callbacks,
         enable_checkpointing=False,
         logger=log,
         enable_progress_bar=False,
@@ -241,7 +244,9 @@ def begin(folder: Path) -> None:
 
 
 def go_on(folder: Path) -> None:
-    atexit.register(write_group, folder / f"group.{os.environ['RANK']}.txt")  # the first to be registered runs last
+    rank, again = os.environ["RANK"], folder / "again"
+    torch.save(train("ppo", again, ckpt_path=folder / "ppo.ckpt"), folder / f"ppo, gone on.{rank}.pt")
+    atexit.register(write_group, folder / f"group.{rank}.txt")  # the first to be registered runs last
     with contextlib.suppress(SystemExit):
         main([*fit_arguments(folder / "killed", WORLD), "--ckpt_path", "last", "--seed_everything", "7"])
     main([*fit_arguments(folder / "killed", WORLD), "--ckpt_path", "last"])

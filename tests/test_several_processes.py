@@ -155,6 +155,20 @@ def test_a_mistake_that_one_process_meets_ends_all_with_the_same_line(launched: 
     assert lines[0].startswith("SharedError: process 1: reward function fails_on_rank_1 gave nan")
 
 
+def test_ppo_of_two_processes_goes_on_between_two_passes_to_the_same_bits(launched: Launched) -> None:
+    """In processes of another launch, from a checkpoint that holds rollouts which wait for their second pass."""
+    held = torch.load(launched.folder / "ppo.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    assert held["sampled"]["preference"]["rollouts"]
+    for end, again in zip(left(launched, "ppo"), left(launched, "ppo, gone on"), strict=True):
+        steps = [row for row in end.pop("log") if row["step"] >= processes.BETWEEN_PASSES and "lr" in row]
+        assert [row for row in again.pop("log") if "lr" in row] == steps != []
+        mine, truth = dict(leaves(again)), dict(leaves(end))
+        assert mine.keys() == truth.keys()
+        for path, value in truth.items():
+            same = torch.equal(value, mine[path]) if isinstance(value, Tensor) else repr(value) == repr(mine[path])
+            assert same, path
+
+
 # ---- the command line ---------------------------------------------------------------------------------------------------
 
 
