@@ -211,6 +211,33 @@ def test_whole_json_is_read_as_it_was_written(kind: str, content: list[dict[str,
     assert [row.number for row in found] == list(range(1, len(content) + 1))
 
 
+def objects(value: Any) -> list[dict[str, Any]]:
+    """All objects in a value that have a key, itself included."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*([value] if isinstance(value, dict) and value else []), *(one for part in parts for one in objects(part))]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "json.gz", "jsonl.gz"])
+@given(content=rows(), again=anything, chosen=st.randoms(use_true_random=False))
+@FREE
+def test_a_key_that_stands_twice_anywhere_is_refused(kind: str, content: list[Any], again: Any, chosen: Any) -> None:
+    """In a row, or in what lies in it; whatever stands there the second time, the same value too."""
+    number = chosen.randrange(len(content))
+    row = json.loads(json.dumps(content[number]))
+    where = chosen.choice(objects(row) or [row.setdefault("messages", {"role": "user"})])
+    key = chosen.choice(sorted(where))
+    where["\0 again"] = chosen.choice([again, where[key]])
+    lines = [json.dumps(one) for one in content]
+    lines[number] = json.dumps(row).replace(json.dumps("\0 again"), json.dumps(key))
+    data = ("".join(f"{line}\n" for line in lines) if kind.startswith("jsonl") else f"[{', '.join(lines)}]").encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = put(folder, f"f.{kind}", gzip.compress(data) if kind.endswith(".gz") else data)
+        with pytest.raises(DataError, match="stands twice in one object") as caught:
+            read_rows(path)
+        check_line(caught.value, path)
+        assert f", row {number + 1}: " in str(caught.value)
+
+
 cells = st.one_of(texts(3), st.sampled_from(["", "nan", "NaN", '"', "a\nb", "a\r\nb", "a,b", "x" * 140_000]))
 
 
