@@ -156,9 +156,14 @@ class WindowCheckpoint(ModelCheckpoint):
         folder = Path(str(self.dirpath)).resolve()
         own = bool(came_from) and Path(came_from).resolve().parent == folder
         self._written = newest_first(folder) if own else []
-        if trainer.is_global_zero and not is_dry_run(trainer):
+        if is_dry_run(trainer):
+            return
+        if trainer.is_global_zero:
             for path in folder.glob(f".step=*{PARTIAL}"):  # a process was killed as it wrote
                 path.unlink(missing_ok=True)
+        if own:  # a process may have ended between the file and the link to it, and this run may save no other
+            newest = str(Path(came_from).resolve())
+            self._link_checkpoint(trainer, newest, str(folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"))
 
     def _save_now(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):

@@ -51,8 +51,19 @@ def _one_thread_and_seed() -> None:
     seed_everything(1234, verbose=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reached_by_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the processes that tests start write which other machines they have reached for."""
+    file = tmp_path_factory.mktemp("network") / "reached.txt"
+    file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HBAT_TESTS_REACHED", str(file))
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("no_network")), prepend=os.pathsep)
+        yield file
+
+
 @pytest.fixture(autouse=True)
-def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def reached(monkeypatch: pytest.MonkeyPatch, reached_by_children: Path) -> Iterator[list[str]]:
     """Every test fails that reaches for another machine, or asks for one by name, also where a library hides the error."""
     tried: list[str] = []
 
@@ -76,6 +87,8 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(socket.socket, "sendto", guard("sendto", lambda one, data, *more: peer(one, more[-1])))
     monkeypatch.setattr(socket, "getaddrinfo", guard("getaddrinfo", lambda host, *_: host))
     yield tried
+    tried += reached_by_children.read_text().splitlines()
+    reached_by_children.write_text("")
     assert tried == [], "the network was asked"
 
 

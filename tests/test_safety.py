@@ -259,6 +259,30 @@ def test_the_suite_itself_cannot_reach_a_host(reached: list[str]) -> None:
         socket.create_connection(server.getsockname(), timeout=5).close()
 
 
+def test_processes_that_tests_start_cannot_either(reached_by_children: Path) -> None:
+    """And what they tried is seen where they say nothing of it."""
+    code = """
+import contextlib, socket
+for call in (
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+    lambda: socket.getaddrinfo("huggingface.co", 443),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+):
+    with contextlib.suppress(OSError):
+        call()
+        raise SystemExit("reached")
+with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    socket.create_connection(server.getsockname(), timeout=5).close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    tried = [line.split()[-1] for line in reached_by_children.read_text().splitlines()]
+    assert set(tried) == {"192.0.2.1", "huggingface.co"}
+    assert len(tried) >= 3
+    reached_by_children.write_text("")
+
+
 def test_an_embedded_model_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     load_tokenizer(BaseSpec(embedded.TINY_LLAMA))

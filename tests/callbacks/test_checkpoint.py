@@ -96,6 +96,22 @@ def test_every_file_of_a_run_leads_to_the_same_end(
         assert all(position(copy) % 3 == 0 for _, _, copy in again.copies), step
 
 
+def test_the_link_that_a_run_did_not_get_to_is_set_by_the_one_that_goes_on(
+    make_hybrid: Any, fit: Any, tmp_path: Path
+) -> None:
+    """After a disk that was full behind the last file; there is no further one to save."""
+    fit(make_hybrid(schedule=Interval(1, 2, 2)), WindowCheckpoint(1, str(tmp_path)), enable_checkpointing=True)
+    link, newest, before = tmp_path / "last.ckpt", tmp_path / "step=4.ckpt", tmp_path / "step=3.ckpt"
+    for found in (None, before):
+        link.unlink()
+        if found:
+            link.symlink_to(found.name)
+        module, keep = make_hybrid(schedule=Interval(1, 2, 2)), WindowCheckpoint(1, str(tmp_path))
+        fit(module, keep, ckpt_path=newest, enable_checkpointing=True)
+        assert link.is_symlink()
+        assert link.resolve() == newest.resolve()
+
+
 def test_nothing_is_written_in_a_dry_run(make_hybrid: Any, fit: Any, tmp_path: Path) -> None:
     fit(make_hybrid(), WindowCheckpoint(1), fast_dev_run=3, enable_checkpointing=True)
     assert not list(tmp_path.rglob("*.ckpt"))
