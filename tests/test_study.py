@@ -108,3 +108,14 @@ def test_all_stages_in_tiny_worlds_and_again_without_doing_anything_twice(tmp_pa
     subprocess.run(command, check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == times
     assert (tmp_path / "tables.md").read_text() == tables
+
+    elsewhere = tmp_path / "elsewhere"
+    again = [str(elsewhere) if part == str(tmp_path) else part for part in command]
+    subprocess.run([*again, "--known", str(tmp_path / "kept.jsonl")], check=True, capture_output=True)
+    assert (elsewhere / "tables.md").read_text() == tables.replace(str(tmp_path), str(elsewhere))
+    runs = elsewhere / "runs"
+    trained = {path.parent.relative_to(runs).as_posix() for path in runs.rglob("switches.jsonl")}
+    assert trained == {
+        "sft/chosen-1",
+        "sft/chosen-11",
+    }  # the worlds, and what other runs may begin from, are made again

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import bring_back, keep
 from methods import draws, read_methods
 from report import report
 from runs import Method, Trial, run
@@ -186,6 +187,9 @@ def main() -> None:
     parser.add_argument(
         "--tldr-share", type=float, default=1 / 3, help="of instruction rows that pull against preferences"
     )
+    parser.add_argument(
+        "--known", type=Path, help="kept.jsonl of a study with the same worlds: its runs are not made again"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args()
@@ -201,8 +205,14 @@ def main() -> None:
     if unknown:
         parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
     methods = {name: method for name, method in methods.items() if name in wanted}
-    for results in carry_out(plan, methods, Workers(given.workers), not given.smoke):
-        report(given.output, results)
+    runs = given.output / "runs"
+    if given.known:
+        print(f"{bring_back(given.known, runs)} runs are known from {given.known}")
+    try:
+        for results in carry_out(plan, methods, Workers(given.workers), not given.smoke):
+            report(given.output, results)
+    finally:
+        print(f"{keep(runs, given.output / 'kept.jsonl')} runs are in {given.output / 'kept.jsonl'}")
 
 
 if __name__ == "__main__":
