@@ -78,10 +78,10 @@ def test_it_loads_with_weights_only_with_every_callback(make_hybrid: Any, fit: A
 
 
 def changed_base(folder: Path, base_folder: str) -> str:
-    """The embedded model with one number changed."""
+    """The embedded model with its last number changed."""
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-3
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
     return str(folder)
@@ -161,7 +161,7 @@ def test_evaluation_needs_no_snapshots(
 
 
 def test_a_checkpoint_of_something_else_is_refused(
-    make_hybrid: Any, fit: Any, make_trainer: Any, tmp_path: Path
+    make_hybrid: Any, make_data: Any, fit: Any, make_trainer: Any, tmp_path: Path
 ) -> None:
     from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -169,8 +169,11 @@ def test_a_checkpoint_of_something_else_is_refused(
     make_trainer(
         callbacks=[checkpoint], max_steps=1, enable_checkpointing=True, accumulate_grad_batches=1, limit_val_batches=0
     ).fit(BoringModel())
+    (file,) = tmp_path.glob("boring*.ckpt")
+    with pytest.raises(UserError, match="does not say what its run was made of, as those of hbat fit do"):
+        fit(make_hybrid(), ckpt_path=file)
     with pytest.raises(UserError, match="not written by hbat_lightning"):
-        fit(make_hybrid(), ckpt_path=next(tmp_path.glob("boring*.ckpt")))
+        make_trainer().validate(make_hybrid(), make_data(), ckpt_path=file, verbose=False)
 
 
 def test_other_data_or_windows_are_refused_where_a_position_would_mean_other_rows(
