@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hbat_lightning.adapters import TRAINED
+from hbat_lightning.base_model import same_weights
 from hbat_lightning.errors import UserError
 from hbat_lightning.policy import Policy
 
@@ -84,7 +85,9 @@ def require_identity(saved: dict[str, Any], policy: Policy, what: str) -> None:
     """
     mine = policy.identity()
     # The name of a base may change when its folder moves; its weights may not.
-    differing = [key for key in mine if key != "base" and mine[key] != saved.get(key)]
+    differing = [key for key in mine if key not in ("base", "base_fingerprint") and mine[key] != saved.get(key)]
+    if not same_weights(mine["base_fingerprint"], saved["base_fingerprint"]):
+        differing.append("base_fingerprint")
     if differing:
         named = [f"{key.replace('_', ' ')} {saved.get(key)!r} there, {mine[key]!r} here" for key in differing]
         raise UserError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hbat_lightning.adapters import LoraSettings
-from hbat_lightning.base_model import BaseSpec, DType, fingerprint, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, DType, fingerprint, load_tokenizer, same_weights
 from hbat_lightning.classifier import load_trained_classifier, logits_of
 from hbat_lightning.data.provenance import files_digest
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
@@ -129,7 +129,7 @@ class AdapterReward(Reward):
         """Refuse an adapter of another base, or of the same one in another precision: its rewards would be other ones."""
         record = read_record(Path(self.path))
         saved = None if record is None else record["policy"]
-        if saved is not None and saved["base_fingerprint"] != policy.base_fingerprint:
+        if saved is not None and not same_weights(saved["base_fingerprint"], policy.base_fingerprint):
             raise UserError(
                 f"{self.path} was trained on {saved['base']} with quantization {saved['quantization']}, which are not the "
                 f"weights of {policy.spec.name} with quantization {policy.spec.quantization}: train the reward model on "

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn, zeros
 from torch.optim import Optimizer
 
+from hbat_lightning.base_model import same_weights
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.provenance import Change, digest, tokenizer_identity
 from hbat_lightning.errors import UserError
@@ -247,7 +248,7 @@ def _differences_of_identity(was: Mapping[str, Any], now: Mapping[str, Any]) -> 
             for kind in now[part]
             if kind in was[part]  # else an earlier version wrote it, which did not note that kind
             for name in _names(was[part][kind], now[part][kind])
-            if _value(was[part][kind], name) != _value(now[part][kind], name)
+            if not _same(name, _value(was[part][kind], name), _value(now[part][kind], name))
         ]
         # What is trained on follows from the identity, and from settings that often change nothing, such as max_length.
         if found:
@@ -265,6 +266,10 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], kind: str) -> I
 
 def _names(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [*now, *(name for name in was if name not in now)]
+
+
+def _same(name: str, was: Any, now: Any) -> bool:
+    return same_weights(was, now) if name == "base" else bool(was == now)
 
 
 def _value(entries: Mapping[str, Any], name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hbat_lightning import Policy, base_model
-from hbat_lightning.base_model import BaseSpec, fingerprint, load_model, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, fingerprint, load_model, load_tokenizer, same_weights
 from hbat_lightning.data import embedded
 from hbat_lightning.errors import UserError
 
@@ -110,10 +111,42 @@ def test_fingerprint_tells_bases_apart_and_folders_not(base_folder: str) -> None
     assert fingerprint(load_model(BaseSpec(base_folder), CPU)) == first
     assert fingerprint(load_model(BaseSpec(embedded.TINY_LLAMA, "nf4"), CPU)) != first
     assert fingerprint(load_model(BaseSpec(embedded.TINY_LLAMA, dtype="bfloat16"), CPU)) != first
-    other = load_model(BaseSpec(embedded.TINY_LLAMA), CPU)
-    with torch.no_grad():
-        other.model.layers[1].mlp.down_proj.weight[0, 3] *= 1.001
-    assert fingerprint(other) != first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape", [(3,), (1,), (70,), (200, 300), (2, 4096)])
+def test_a_fingerprint_changes_with_every_single_value(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The first, the last and those in between, each by its last bit."""
+    values = torch.arange(1, 1 + math.prod(shape)).remainder(100).to(dtype)
+    module = nn.Module()
+    module.weight = nn.Parameter(values.clone().view(shape), requires_grad=False)
+    first = fingerprint(module)
+    places = sorted({0, *range(values.numel())[-9:], *range(0, values.numel(), 997)})
+    for place in places:
+        changed = values.clone()
+        changed.view(torch.uint8)[place * dtype.itemsize] ^= 1
+        module.weight.data = changed.view(shape)
+        assert not same_weights(first, fingerprint(module)), place
+    module.weight.data = torch.cat([values[:1], values])[1:].view(shape)  # the same numbers somewhere else in memory
+    assert fingerprint(module) == first
+
+
+def test_rows_that_change_places_make_another_fingerprint() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.arange(40_000.0).view(4, 10_000))
+    first = fingerprint(module)
+    module.weight.data = module.weight.data[[0, 2, 1, 3]]
+    assert not same_weights(first, fingerprint(module))
+
+
+def test_a_fingerprint_of_an_earlier_version_still_serves(base_folder: str) -> None:
+    """It was the digest of the first values alone."""
+    now = fingerprint(load_model(BaseSpec(base_folder), CPU))
+    assert len(now) == 40
+    assert same_weights(now[:24], now)
+    assert same_weights(now, now[:24])
+    assert not same_weights(now[:23] + "-", now)
+    assert not same_weights("", now)
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, lambda spec: load_model(spec, CPU)])
