@@ -37,7 +37,7 @@ from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import Policy
 from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.ranks import ALONE, Ranks
-from hbat_lightning.run_record import go_on, record_run, warn_of_other_text
+from hbat_lightning.run_record import BASE, go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
 from hbat_lightning.strategies import find_unused_parameters, leave_group_at_exit, leaves_parameters_unused
 from hbat_lightning.stream import stable_seed
@@ -419,7 +419,8 @@ class AlignmentModule(LightningModule):
             with self.ranks.together():
                 self._gone_on_from = go_on(checkpoint, self, self.data)
             check_trainer(self.trainer, self.plan)  # it may be laid out anew
-        adopt_state(checkpoint, self.policy, training, own_parameters(self))
+        other_base = training and BASE in self.data.accept_changes  # which the user has been told of by go_on()
+        adopt_state(checkpoint, self.policy, training, own_parameters(self), other_base)
         if not training:
             warn_of_other_text(checkpoint, self, self.data)
         state = checkpoint["hbat"]

@@ -36,7 +36,9 @@ def trained_state(state: dict[str, Any], policy: Policy | None, own: Iterable[st
     return {name: value for name, value in state.items() if name in keep}
 
 
-def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own: Mapping[str, Tensor]) -> None:
+def adopt_state(
+    checkpoint: dict[str, Any], policy: Policy, training: bool, own: Mapping[str, Tensor], other_base: bool = False
+) -> None:
     """Check that a checkpoint fits the policy, before Lightning copies its tensors.
 
     Args:
@@ -44,13 +46,14 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own:
         policy: A built policy.
         training: Whether training goes on from here, so that snapshots must be there.
         own: What trains in the module beside the policy, by name.
+        other_base: Whether the base may be another one, if what trains fits it.
 
     Raises:
         UserError: When base, quantisation, rank or tensors differ; says which.
     """
     if "hbat" not in checkpoint:
         raise UserError("this checkpoint was not written by hbat_lightning: no policy is described in it")
-    require_identity(checkpoint["hbat"]["policy"], policy, "the checkpoint")
+    require_identity(checkpoint["hbat"]["policy"], policy, "the checkpoint", other_base)
     state = checkpoint["state_dict"]
     want = {PREFIX + name for name in policy.checkpoint_names()} | set(own)
     if not training:
@@ -72,13 +75,14 @@ def adopt_state(checkpoint: dict[str, Any], policy: Policy, training: bool, own:
             )
 
 
-def require_identity(saved: dict[str, Any], policy: Policy, what: str) -> None:
+def require_identity(saved: dict[str, Any], policy: Policy, what: str, other_base: bool = False) -> None:
     """Check that trained tensors were trained on this base and with this adapter.
 
     Args:
         saved: The :meth:`Policy.identity` of the policy that they were part of.
         policy: A built policy.
         what: What holds the tensors, for the message.
+        other_base: Whether the base may be another one.
 
     Raises:
         UserError: When they were not; says what differs.
@@ -86,7 +90,7 @@ def require_identity(saved: dict[str, Any], policy: Policy, what: str) -> None:
     mine = policy.identity()
     # The name of a base may change when its folder moves; its weights may not.
     differing = [key for key in mine if key not in ("base", "base_fingerprint") and mine[key] != saved.get(key)]
-    if not same_weights(mine["base_fingerprint"], saved["base_fingerprint"]):
+    if not other_base and not same_weights(mine["base_fingerprint"], saved["base_fingerprint"]):
         differing.append("base_fingerprint")
     if differing:
         named = [f"{key.replace('_', ' ')} {saved.get(key)!r} there, {mine[key]!r} here" for key in differing]

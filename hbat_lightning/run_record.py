@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("hbat-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes")
 FOREVER = "forever"
 """The kind of what cannot change in a run, whatever is accepted."""
+BASE: Change = "base"
 
 CHANGES: tuple[str, ...] = get_args(Change)
 
@@ -64,7 +65,7 @@ def record_run(module: AlignmentModule, data: HybridDataModule) -> dict[str, Any
     optimizer = sample_optimizer(module)
     identity = {
         FOREVER: {
-            "base": (fingerprint, f"{base} ({fingerprint})"),  # a folder that moves holds the same base
+            BASE: (fingerprint, f"{base} ({fingerprint})"),  # a folder that moves holds the same base
             **{name.replace("_", " "): value for name, value in policy.items()},
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "schedule class": type(module.schedule).__name__,
@@ -244,7 +245,7 @@ def _differences_of_identity(was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     found: list[Difference] = []
     for part in ("identity", "result"):
         found = [
-            Difference(kind, name, _shown(was[part][kind], name), _shown(now[part][kind], name))
+            Difference(_kind(kind, name), name, _shown(was[part][kind], name), _shown(now[part][kind], name))
             for kind in now[part]
             if kind in was[part]  # else an earlier version wrote it, which did not note that kind
             for name in _names(was[part][kind], now[part][kind])
@@ -268,8 +269,13 @@ def _names(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [*now, *(name for name in was if name not in now)]
 
 
+def _kind(kind: str, name: str) -> str:
+    """Of a difference; checkpoints keep the base among what cannot change, as version 0.1.0 had it."""
+    return name if name == BASE else kind
+
+
 def _same(name: str, was: Any, now: Any) -> bool:
-    return same_weights(was, now) if name == "base" else bool(was == now)
+    return same_weights(was, now) if name == BASE else bool(was == now)
 
 
 def _value(entries: Mapping[str, Any], name: str) -> Any:

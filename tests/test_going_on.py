@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from hbat_lightning import DataSource, DPOModule, HybridDataModule, IPOModule, LoraSettings, SFTModule
 from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
@@ -71,10 +73,11 @@ def go(make_policy: Any, make_hybrid: Any, rows: Any, fit: Any, tmp_path: Path) 
         ckpt: Path | None = None,
         folder: str = "run",
         module: dict[str, Any] | None = None,
+        policy: dict[str, Any] | None = None,
         **trainer: Any,
     ) -> Run:
-        policy = make_policy(base, lora=LoraSettings(r=4, alpha=8, dropout=0.1))
-        built = make_hybrid(policy, **{"schedule": Rounds(2, 1, 1)} | (module or {}))
+        made = make_policy(base, lora=LoraSettings(r=4, alpha=8, dropout=0.1), **policy or {})
+        built = make_hybrid(made, **{"schedule": Rounds(2, 1, 1)} | (module or {}))
         keep = WindowCheckpoint(1, str(tmp_path / folder))
         return fit(
             built,
@@ -162,7 +165,7 @@ def test_one_line_names_every_difference(saved: Path, go: Any, rows: Any) -> Non
 def test_what_makes_it_another_run_is_refused_by_name(
     settings: dict[str, Any], line: str, kind: str | None, saved: Path, go: Any, rows: Any
 ) -> None:
-    every = ("data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward")
+    every = ("base", "data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward")
     accepted = tuple(one for one in every if one != kind)
     data = rows(**settings.get("data", {}), accept_changes=accepted)
     with pytest.raises(UserError, match=line) as caught:
@@ -198,6 +201,44 @@ def test_another_tokenizer_is_refused_and_cuts_up_what_is_left_where_it_is_accep
     assert again.trainer.global_step == 7
 
 
+def other_base(folder: Path, base_folder: str, factor: float, *rows: int) -> str:
+    """The embedded model with some rows of its input embedding multiplied; all where none are named."""
+    shutil.copytree(base_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[list(rows) or slice(None)] *= factor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_another_base_is_refused_and_gone_on_with_where_that_is_accepted(
+    saved: Path, go: Any, rows: Any, base_folder: str, tmp_path: Path, said: list[str]
+) -> None:
+    """One that differs in what no row holds ends with the same bits; another, with others, and is not asked again."""
+    unused = AutoTokenizer.from_pretrained(base_folder).convert_tokens_to_ids("<pad>")
+    alike = other_base(tmp_path / "alike", base_folder, 2.0, unused)
+    unlike = other_base(tmp_path / "unlike", base_folder, 2.0)
+    for base in (alike, unlike):
+        with pytest.raises(
+            UserError, match=rf"base: was embedded://tiny-llama \(\w+\), is {base} \(\w+\)\. "
+        ) as caught:
+            go(ckpt=saved, base=base)
+        assert str(caught.value).endswith("add --accept_changes [base]")
+    assert said == []
+
+    def accepted(base: str, folder: str) -> Run:
+        return go(ckpt=saved, base=base, data=rows(accept_changes=("base",)), max_steps=6, folder=folder)
+
+    truth = go(ckpt=saved, max_steps=6, folder="truth").weights
+    assert same_bits(accepted(alike, "alike run").weights, truth)
+    assert not same_bits(accepted(unlike, "unlike run").weights, truth)
+    assert sum(line.startswith("accepted, so this is no longer the run that it was: base: was ") for line in said) == 2
+    last = tmp_path / "unlike run" / "last.ckpt"
+    assert go(ckpt=last, base=unlike, max_steps=7, folder="unlike run").trainer.global_step == 7
+    with pytest.raises(UserError, match="quantization: was none, is nf4"):  # with it goes nothing else
+        go(ckpt=saved, data=rows(accept_changes=("base",)), policy={"quantization": "nf4"})
+
+
 @pytest.mark.parametrize("missing", ["run", "hbat"])
 def test_a_checkpoint_without_a_record_is_refused(missing: str, saved: Path, go: Any, tmp_path: Path) -> None:
     other = torch.load(saved, weights_only=True)
@@ -219,7 +260,7 @@ def test_a_setting_that_changes_what_is_trained_is_named_as_the_cause(saved: Pat
 
 
 def test_an_unknown_kind_of_change_is_refused(saved: Path, go: Any, rows: Any) -> None:
-    with pytest.raises(UserError, match=r"accept_changes: weather is no kind of change; there are data, template, "):
+    with pytest.raises(UserError, match=r"accept_changes: weather is no kind of change; there are base, data, template, "):
         go(ckpt=saved, data=rows(accept_changes=("weather",)))
 
 

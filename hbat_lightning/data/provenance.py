@@ -14,7 +14,7 @@ from hbat_lightning.data.fields import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Change = Literal["data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward"]
+Change = Literal["base", "data", "template", "tokenizer", "schedule", "seed", "batch_size", "objectives", "reward"]
 """What may differ, where a user says so, between the run that a checkpoint is of and the one that goes on from it."""
 
 
