@@ -260,7 +260,9 @@ def test_a_setting_that_changes_what_is_trained_is_named_as_the_cause(saved: Pat
 
 
 def test_an_unknown_kind_of_change_is_refused(saved: Path, go: Any, rows: Any) -> None:
-    with pytest.raises(UserError, match=r"accept_changes: weather is no kind of change; there are base, data, template, "):
+    with pytest.raises(
+        UserError, match=r"accept_changes: weather is no kind of change; there are base, data, template, "
+    ):
         go(ckpt=saved, data=rows(accept_changes=("weather",)))
 
 
