@@ -41,7 +41,7 @@ from hbat_lightning.errors import SharedError, UserError, printable
 from hbat_lightning.files import out_of_room
 from hbat_lightning.metrics_logger import MetricsLogger
 from hbat_lightning.privacy import keyless_streams, without_keys, without_secret_settings
-from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.run_folder import OUTPUTS, clear, find_checkpoint, leave_mark, refuse_links, require_free
 from hbat_lightning.run_lock import hold
 from hbat_lightning.stop_signals import INTERRUPTED, TERMINATED
 from hbat_lightning.strategies import require_strategy
@@ -118,6 +118,7 @@ class HbatCLI(LightningCLI):
         """Keep other runs out of the run folder; find the checkpoint to go on from; refuse to write over a run."""
         if self.subcommand is None:
             return
+        refuse_links(self.run_folder)  # the lock's file among them
         if self.subcommand == "fit" and not self._run_config.trainer.fast_dev_run and not rank_zero_only.rank:  # type: ignore[attr-defined]
             self._held.enter_context(hold(self.run_folder))
         wanted = self._run_config.get("ckpt_path")

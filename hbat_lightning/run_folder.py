@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from hbat_lightning.checkpoint_io import damage
 from hbat_lightning.errors import UserError
-from hbat_lightning.files import replace_text
+from hbat_lightning.files import PARTIAL, replace_text
+from hbat_lightning.run_lock import FILE as LOCK
 
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
@@ -22,6 +25,8 @@ OUTPUTS = (
     *("predictions.jsonl", "conflict.jsonl", "conflict.png", "samples.jsonl"),
 )
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
+_NAMES = "|".join(map(re.escape, (*OUTPUTS, *_FOLDERS, LOCK)))
+_OURS = re.compile(rf"{_NAMES}|\.({_NAMES}){re.escape(PARTIAL)}|rank\d+\.nonfinite\.jsonl")
 
 
 def newest_first(folder: Path, pattern: str = "step=*.ckpt") -> list[Path]:
@@ -82,6 +87,29 @@ def require_free(folder: Path) -> None:
             f"{folder} holds {'a finished run' if finished else 'an unfinished run'}: go on with --ckpt_path last, give "
             "another --trainer.default_root_dir, or replace it with --overwrite true"
         )
+
+
+def refuse_links(folder: Path) -> None:
+    """See to it that nothing is written through a link to somewhere else: a folder of a stranger may hold such links.
+
+    The folder itself may be one, and links to what lies in it are in order.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        UserError: Where files of a run lie, there is a link that leads out of the folder.
+    """
+    inside = folder.resolve()
+    for place in (folder, *(folder / name for name in _FOLDERS)):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            ours = place != folder or _OURS.fullmatch(path.name)
+            target = Path(os.path.realpath(path))  # resolve() raises where links lead to one another
+            if ours and path.is_symlink() and not target.is_relative_to(inside):
+                raise UserError(
+                    f"{path} is a link that leads out of the run folder, to {target}, and would be written through: "
+                    "remove it; the run folder as a whole may be a link"
+                )
 
 
 def _is_finished(mark: Path) -> bool:

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from hbat_lightning.checkpoint_io import AtomicCheckpointIO
+from hbat_lightning.cli import main
 from hbat_lightning.errors import UserError
-from hbat_lightning.run_folder import clear, find_checkpoint, leave_mark, require_free
+from hbat_lightning.run_folder import clear, find_checkpoint, leave_mark, refuse_links, require_free
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -78,3 +81,44 @@ def test_a_run_s_files_go_and_others_stay(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+LINKS = [
+    *("metrics.csv", ".metrics.csv.partial", "run.json", ".lock", "config.yaml", "rank3.nonfinite.jsonl", "adapter"),
+    *(
+        "checkpoints",
+        "checkpoints/step=4.ckpt",
+        "checkpoints/.step=4.ckpt.partial",
+        "adapter/README.md",
+        "predictions.jsonl",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_that_leads_out_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command that writes; what it leads to is as it was."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (run / name).parent.mkdir(parents=True)
+    outside.write_text("mine")
+    (run / name).symlink_to(outside)
+    for command in ("fit", "test"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--config", str(CONFIGS / "sft.yaml"), "--trainer.default_root_dir", str(run)])
+        assert ended.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hbat: ")]
+        assert line.startswith(f"hbat: error: {run / name} is a link that leads out of the run folder, to {outside}")
+    assert outside.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [outside, run]
+
+
+def test_other_links_are_in_order(run: Path, tmp_path: Path) -> None:
+    """To a file of the run, of a name that is none of a run's, and of the whole folder."""
+    (run / "data").symlink_to("/")
+    (run / "metrics.csv").symlink_to(run / "checkpoints" / "best.ckpt")
+    refuse_links(run)
+    (run / "again").symlink_to(run)
+    refuse_links(run / "again")
+    refuse_links(tmp_path / "not there")
