@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hbat_lightning import LoraSettings, Policy, SFTModule
 from hbat_lightning.data import embedded
+from hbat_lightning.data.encoded import Encoded
 from hbat_lightning.data.sets import InstructionSet
-from hbat_lightning.data.tokenization import Encoded
 
 BASE = {"length": 512, "batch": 2, "vocabulary": 32000, "hidden": 256, "layers": 4, "rank": 16}
 SWEEPS: dict[str, tuple[str, list[int]]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hbat_lightning.data.encoded import Draft, Encoded, Ids
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.formats import (
     Format,
@@ -16,7 +17,7 @@ from hbat_lightning.data.formats import (
 )
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.data.sets import FeedbackSet, InstructionSet, PreferenceSet
-from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
+from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.training_data import TrainingSet
 
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from hbat_lightning.data.tokenization import Encoded
+from hbat_lightning.data.encoded import Encoded
 
 Row = TypeVar("Row")
 

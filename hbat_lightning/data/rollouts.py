@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbat_lightning.data.encoded import Draft, Encoded, Ids
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.packed import pack_prompts
 from hbat_lightning.data.sets import pad_left, pad_right
-from hbat_lightning.data.tokenization import Draft, Encoded, Encoder, Ids
+from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.ranks import Ranks
 from hbat_lightning.stream import stable_seed
 from hbat_lightning.switches import PhaseKey

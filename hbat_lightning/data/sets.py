@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbat_lightning.data.encoded import Encoded, EncodedPair
 from hbat_lightning.data.packed import PackedRows, pack_texts
-from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import DataError
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.scoring import IGNORE

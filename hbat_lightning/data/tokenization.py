@@ -6,77 +6,22 @@ trained on are the ids it is asked with. What stands in user text stays text, al
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from hbat_lightning.data.encoded import Draft, Encoded, EncodedPair, Ids
 from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow, Row, TextRow
 from hbat_lightning.data.templates import Segment, Template, special_token_ids
+from hbat_lightning.data.text_coder import ANCHORS, TextCoder
 from hbat_lightning.errors import DataError, LengthError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS = ("error", "drop", "prompt_left", "completion_right")
-
-# Private-use marks around special-token strings in user text, from before the template is rendered until the piece is
-# tokenised. They are recognised only as a pair around such a string, so that text which holds them stays as it is.
-_OPEN, _CLOSE = "\U0010fa01", "\U0010fa02"
-# Texts to put before a continuation. The second is for texts that would merge with a line end.
-_ANCHORS = ("\n", "a")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row as a model takes it.
-
-    Attributes:
-        input_ids: int32, shape `(T,)`.
-        supervised: bool, shape `(T,)`: the tokens to be learnt, each at its own position (nothing is shifted).
-        prompt_length: The number of tokens before the last answer.
-    """
-
-    input_ids: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.bool_]
-    prompt_length: int
-
-
-class EncodedPair(NamedTuple):
-    """Two answers behind the same prompt.
-
-    Attributes:
-        chosen: The preferred one.
-        rejected: The other one.
-        margin: By how much, as in the data.
-    """
-
-    chosen: Encoded
-    rejected: Encoded
-    margin: float = 0.0
-
-
-class Ids(NamedTuple):
-    """Ids with, for each, whether it is supervised."""
-
-    ids: list[int]
-    supervised: list[bool]
-
-
-class Draft(NamedTuple):
-    """A row as ids before the truncation policy: its prompt, and each answer to it."""
-
-    prompt: Ids
-    answers: list[Ids]
-
-    @property
-    def lengths(self) -> tuple[int, list[int]]:
-        """Tokens of the prompt, and of each answer with its stop token."""
-        return len(self.prompt.ids), [len(answer.ids) for answer in self.answers]
 
 
 class Encoder:
@@ -131,16 +76,12 @@ class Encoder:
         self.counts: Counter[str] = Counter()
         eos = int(tokenizer.eos_token_id)
         self.stop_token_id = eos if template.stop_token_id is None else template.stop_token_id
-        self._specials = {**special_token_ids(tokenizer), **template.markers}
-        self._watched = self._not_for_texts(eos)
-        texts = [text for text, number in self._specials.items() if number in (eos, self.stop_token_id)]
+        specials = {**special_token_ids(tokenizer), **template.markers}
+        self._text = TextCoder(tokenizer, specials, {eos, self.stop_token_id, tokenizer.bos_token_id})
+        texts = [text for text, number in specials.items() if number in (eos, self.stop_token_id)]
         self._stop_texts = tuple(dict.fromkeys([template.stop_text or str(tokenizer.eos_token), *texts]))
-        alternatives = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)"
-        self._special = re.compile(f"({alternatives})")
-        self._protected = re.compile(f"{_OPEN}({alternatives}){_CLOSE}")
         self._own_bos = _default_bos(tokenizer)
         self._bos = None if template.writes_bos else self._own_bos
-        self._anchor_ids: dict[tuple[str, bool], list[int]] = {}
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +137,7 @@ class Encoder:
         bos = [] if self._own_bos is None else [self._own_bos]
         if isinstance(row, TextRow):
             try:
-                ids = [*self._encode_text(self._protect(row.text), ()), int(self.tokenizer.eos_token_id)]
+                ids = [*self._text.encode(self._text.protect(row.text), ()), int(self.tokenizer.eos_token_id)]
             except UserError as error:
                 raise DataError(str(error), row.source, row.number) from error
         else:
@@ -261,30 +202,21 @@ class Encoder:
             Message(one.role, self._without_stop(one.content), one.context) if one.role == "assistant" else one
             for one in messages
         ]
-        safe = [Message(one.role, self._protect(one.content), self._protect(one.context)) for one in meant]
+        safe = [Message(one.role, self._text.protect(one.content), self._text.protect(one.context)) for one in meant]
         segments = self.template.segments(safe, last_only=self.supervise == "last")
-        if safe != meant:
-            self._require_whole_marks(meant, segments)
-        return segments
-
-    def _require_whole_marks(self, messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-        """A template that cuts or changes a message may have cut a marked string from one of its marks."""
-        written = "".join(self._protected.sub("", segment.text) for segment in segments)
-        meant = "".join(message.content + message.context for message in messages)
-        if any(written.count(mark) > meant.count(mark) for mark in (_OPEN, _CLOSE)):
+        texts = [one.content + one.context for one in meant]
+        if safe != meant and self._text.cuts_a_mark([segment.text for segment in segments], texts):
             raise UserError(
                 "the template cuts a message at a special token that is spelt out in it; remove that from the row, or "
                 "choose the template alpaca, tldr or plain"
             )
+        return segments
 
     def _without_stop(self, answer: str) -> str:
         """An answer whose stop token was written out in the data must not get a second one."""
         while answer.endswith(self._stop_texts):
             answer = next(answer.removesuffix(text) for text in self._stop_texts if answer.endswith(text))
         return answer
-
-    def _protect(self, text: str) -> str:
-        return self._special.sub(f"{_OPEN}\\1{_CLOSE}", text)
 
     def _encode_row(self, row: Row) -> Draft:
         """Encode the prompt once and every answer to it."""
@@ -321,7 +253,7 @@ class Encoder:
             elif place == 0:
                 piece = self._encode_opening(segment.text)
             else:  # it stands behind a stop token, and is tokenised as it would be there
-                piece = self._encode_text(segment.text, (self._stop_texts[0], *_ANCHORS))
+                piece = self._text.encode(segment.text, (self._stop_texts[0], *ANCHORS))
             ids += piece
             supervised += [segment.supervised and self.supervise == "all"] * len(piece)
         if not ids:
@@ -331,11 +263,11 @@ class Encoder:
         return Ids(ids, supervised)
 
     def _encode_opening(self, text: str) -> list[int]:
-        ids = self._encode_text(text, ())
+        ids = self._text.encode(text, ())
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def _encode_answer(self, text: str) -> Ids:
-        said = self._encode_text(text, _ANCHORS)
+        said = self._text.encode(text, ANCHORS)
         if not said:
             raise UserError(f"the tokenizer {self.tokenizer.name_or_path!r} has no token for an answer: remove the row")
         ids = [*said, self.stop_token_id]
@@ -344,62 +276,8 @@ class Encoder:
     def _merges(self, segments: Sequence[Segment], answer: list[int]) -> bool:
         """Whether the last prompt text and the answer would be cut elsewhere if they were tokenised as one text."""
         last = segments[-2].text
-        encode = self._encode_opening if len(segments) == 2 else lambda text: self._encode_text(text, _ANCHORS)
+        encode = self._encode_opening if len(segments) == 2 else lambda text: self._text.encode(text, ANCHORS)
         return encode(last + segments[-1].text) != [*encode(last), *answer[:-1]]
-
-    # --- text -----------------------------------------------------------------------------------------------------
-
-    def _encode_text(self, text: str, anchors: tuple[str, ...]) -> list[int]:
-        """Tokenise written text; what is marked in it stays text. Without anchors it is the beginning of a row."""
-        ids: list[int] = []
-        for place, piece in enumerate(self._protected.split(text)):  # every second piece is a marked string
-            if piece:
-                ids += self._continue(piece, anchors, split=place % 2 == 1)
-                anchors = anchors or _ANCHORS
-        return ids
-
-    def _continue(self, text: str, anchors: tuple[str, ...], split: bool) -> list[int]:
-        """Tokenise `text` as it would be tokenised behind other text.
-
-        Tokenised alone, SentencePiece would put a blank before it. So it is tokenised behind an anchor, whose ids are
-        cut off where they come out as they do alone.
-        """
-        for anchor in anchors:
-            key = (anchor, split)
-            if key not in self._anchor_ids:
-                self._anchor_ids[key] = self._tokenize(anchor, split)
-            start = self._anchor_ids[key]
-            ids = self._tokenize(anchor + text, split)
-            if ids[: len(start)] == start:
-                return self._checked(text, ids[len(start) :], split)
-        return self._checked(text, self._tokenize(text, split), split)
-
-    def _checked(self, text: str, ids: list[int], split: bool) -> list[int]:
-        """Ids of a text, which hold a special token only where the template has written one.
-
-        A vocabulary may hold special tokens as ordinary pieces too, a normaliser may make one of another spelling, and
-        tokens that are not called special are found in any text.
-        """
-        found = [number for number in ids if number in self._watched]
-        written = [] if split else [self._specials[mark] for mark in self._special.findall(text)]
-        if not found or not Counter(found) - Counter(written):
-            return ids
-        if not split:
-            parts = [(part, place % 2 == 0) for place, part in enumerate(self._special.split(text))]
-        elif len(text) > 1:
-            parts = [(text[:1], True), (text[1:], True)]
-        else:
-            raise UserError(f"the tokenizer {self.tokenizer.name_or_path!r} can write {text!r} only as a special token")
-        return [number for part, apart in parts if part for number in self._continue(part, _ANCHORS, apart)]
-
-    def _not_for_texts(self, eos: int) -> frozenset[int]:
-        """Ids of special tokens, which no text of a message may become; unknown letters may become what stands for them."""
-        unknown = self.tokenizer.unk_token_id
-        kept = {eos, self.stop_token_id, self.tokenizer.bos_token_id}
-        return frozenset(number for number in self._specials.values() if number != unknown or number in kept)
-
-    def _tokenize(self, text: str, split: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
 
     # --- length ---------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,10 @@ from transformers import PretrainedConfig
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
+from hbat_lightning.data.encoded import Encoded, EncodedPair
 from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, TEXTS, RowKind
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.rollouts import collate_rollouts
-from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hbat_lightning.data import embedded
+from hbat_lightning.data.encoded import Encoded
 from hbat_lightning.data.formats import FeedbackRow, Message, parse_feedback
 from hbat_lightning.data.readers import RawRow
 from hbat_lightning.data.sets import EvaluationLoader, FeedbackSet
-from hbat_lightning.data.tokenization import Encoded
 from hbat_lightning.errors import DataError, UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

@@ -17,11 +17,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from hbat_lightning.data.encoded import Encoded
 from hbat_lightning.data.fields import FeedbackRow, InstructionRow, Message, PreferenceRow
 from hbat_lightning.data.rollouts import encode_opening
 from hbat_lightning.data.sets import PreferenceSet, pad_left
 from hbat_lightning.data.templates import resolve_template
-from hbat_lightning.data.tokenization import Encoded, Encoder
+from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError
 from tests.fuzzing import KINDS, LLAMA, MARKERS, TEXT_TEMPLATES, Chat, Kind, conversations, kind, texts
 

@@ -10,6 +10,7 @@ import torch
 
 from hbat_lightning import DataSource, HybridDataModule, Policy
 from hbat_lightning.data import embedded
+from hbat_lightning.data.encoded import Encoded, EncodedPair
 from hbat_lightning.data.sets import (
     EvaluationLoader,
     InstructionSet,
@@ -19,7 +20,6 @@ from hbat_lightning.data.sets import (
     deal,
     pad_right,
 )
-from hbat_lightning.data.tokenization import Encoded, EncodedPair
 from hbat_lightning.ranks import ALONE, Ranks
 
 

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from hbat_lightning.data.encoded import Encoded
 from hbat_lightning.data.formats import (
     InstructionRow,
     Message,
@@ -18,7 +19,7 @@ from hbat_lightning.data.formats import (
 )
 from hbat_lightning.data.readers import read_rows
 from hbat_lightning.data.templates import PLAIN, TextTemplate, resolve_template
-from hbat_lightning.data.tokenization import Encoded, Encoder
+from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, UserError
 from tests.fuzzing import ZEPHYR, kind
 
