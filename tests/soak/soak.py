@@ -208,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rng, lives, number = random.Random(given.seed), [], 0
     dealer = Dealer(rng)
-    while sum(len(life.stops) for life in lives) < given.stops:
+    while number < len(given.kinds) or sum(len(life.stops) for life in lives) < given.stops:  # each kind at least once
         kind = given.kinds[number % len(given.kinds)]
         scenario = dealer.draw(kind)
         new = soak(scenario, kind, given.folder.resolve() / f"{number:03d}", rng.getrandbits(32), given.commands)
