@@ -159,7 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _RepeatedKeyError(
-            f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object"
+            f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} stands twice in one object"
         )
     return values
 
