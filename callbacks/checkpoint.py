@@ -66,6 +66,17 @@ class WindowCheckpoint(ModelCheckpoint):
         if stage == "fit":
             self._for_requeue = take_over_requeueing(trainer) or self._for_requeue
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Link to what is gone on from: a process may have ended between a file and its link, and none may be saved after it.
+
+        Here and not where training starts, which it does not where nothing is left to train.
+        """
+        super().on_fit_start(trainer, pl_module)
+        came_from, folder = Path(str(trainer.ckpt_path or "")).resolve(), Path(str(self.dirpath)).resolve()
+        if trainer.ckpt_path and came_from.parent == folder and not is_dry_run(trainer):
+            link = folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+            self._link_checkpoint(trainer, str(came_from), str(link))
+
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals: Lightning has set its own handlers by now, which would stop inside a window."""
         self._signals.listen(self._for_requeue)
@@ -156,14 +167,9 @@ class WindowCheckpoint(ModelCheckpoint):
         folder = Path(str(self.dirpath)).resolve()
         own = bool(came_from) and Path(came_from).resolve().parent == folder
         self._written = newest_first(folder) if own else []
-        if is_dry_run(trainer):
-            return
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_dry_run(trainer):
             for path in folder.glob(f".step=*{PARTIAL}"):  # a process was killed as it wrote
                 path.unlink(missing_ok=True)
-        if own:  # a process may have ended between the file and the link to it, and this run may save no other
-            newest = str(Path(came_from).resolve())
-            self._link_checkpoint(trainer, newest, str(folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"))
 
     def _save_now(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):

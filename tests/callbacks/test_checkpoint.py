@@ -96,18 +96,26 @@ def test_every_file_of_a_run_leads_to_the_same_end(
         assert all(position(copy) % 3 == 0 for _, _, copy in again.copies), step
 
 
+@pytest.mark.parametrize("held_out", [0.25, 0.0])
 def test_the_link_that_a_run_did_not_get_to_is_set_by_the_one_that_goes_on(
-    make_hybrid: Any, fit: Any, tmp_path: Path
+    held_out: float, make_hybrid: Any, fit: Any, tmp_path: Path
 ) -> None:
-    """After a disk that was full behind the last file; there is no further one to save."""
-    fit(make_hybrid(schedule=Interval(1, 2, 2)), WindowCheckpoint(1, str(tmp_path)), enable_checkpointing=True)
+    """After a disk that was full behind the last file: there is no further one to save, and perhaps nothing to train."""
+
+    def run(ckpt_path: Path | None = None) -> None:
+        paths = (embedded.INSTRUCTION, embedded.PREFERENCE)
+        data = HybridDataModule(*(DataSource(path, limit=12, val_fraction=held_out) for path in paths), batch_size=2)
+        keep = WindowCheckpoint(1, str(tmp_path))
+        module = make_hybrid(schedule=Interval(1, 2, 2))
+        fit(module, keep, data=data, ckpt_path=ckpt_path, enable_checkpointing=True)
+
+    run()
     link, newest, before = tmp_path / "last.ckpt", tmp_path / "step=4.ckpt", tmp_path / "step=3.ckpt"
     for found in (None, before):
         link.unlink()
         if found:
             link.symlink_to(found.name)
-        module, keep = make_hybrid(schedule=Interval(1, 2, 2)), WindowCheckpoint(1, str(tmp_path))
-        fit(module, keep, ckpt_path=newest, enable_checkpointing=True)
+        run(newest)
         assert link.is_symlink()
         assert link.resolve() == newest.resolve()
 
