@@ -39,7 +39,12 @@ from hbat_lightning.privacy import without_secret_settings
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.run_record import BASE, go_on, record_run, warn_of_other_text
 from hbat_lightning.schedules import Plan, Schedule
-from hbat_lightning.strategies import find_unused_parameters, leave_group_at_exit, leaves_parameters_unused
+from hbat_lightning.strategies import (
+    find_unused_parameters,
+    leave_group_at_exit,
+    leaves_parameters_unused,
+    stay_in_group_at_exit,
+)
 from hbat_lightning.stream import stable_seed
 from hbat_lightning.sums import Totals, WindowTotals, pooled_means
 from hbat_lightning.switches import PhaseCallback, PhaseKey
@@ -167,6 +172,7 @@ class AlignmentModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before weights are loaded."""
+        stay_in_group_at_exit()
         if stage == "fit":
             # A second run of the same module begins anew; a checkpoint, loaded after this, will say otherwise.
             self._phase = self._mode = None
@@ -184,9 +190,12 @@ class AlignmentModule(LightningModule):
             for note in self.data.notes:
                 rank_zero_info(note)
 
+    def teardown(self, stage: str) -> None:
+        """The end, where no error has come before it."""
+        leave_group_at_exit()
+
     def configure_model(self) -> None:
         """Build the policy; Lightning calls this for every entry point, before it restores a checkpoint."""
-        leave_group_at_exit(self.trainer)
         with self.ranks.together():
             self._build()
         self.ranks.require_equal("the base model's weights", self.policy.base_fingerprint)

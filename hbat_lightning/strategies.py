@@ -102,18 +102,19 @@ def find_unused_parameters(trainer: Trainer, needed: bool) -> None:
     strategy._ddp_kwargs.setdefault("find_unused_parameters", needed)
 
 
-def leave_group_at_exit(trainer: Trainer) -> None:
-    """Have this process leave the group that its strategy joined, before the interpreter comes down.
+def leave_group_at_exit() -> None:
+    """Have this process leave the group that its strategy may have joined, before the interpreter comes down.
 
     Threads of a gloo group let go of tensors, for which they need the interpreter. Where one of them comes late, as on a busy
     machine, it finds the interpreter gone and aborts a process that has done all its work. Lightning leaves NCCL groups only.
-
-    Args:
-        trainer: The trainer, after its strategy's environment was set up.
     """
-    if isinstance(trainer.strategy, DDPStrategy):
-        atexit.unregister(_leave_group)
-        atexit.register(_leave_group)
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def stay_in_group_at_exit() -> None:
+    """Take that back: whoever leaves waits for what is under way, and after an error others may never come to that."""
+    atexit.unregister(_leave_group)
 
 
 def _leave_group() -> None:

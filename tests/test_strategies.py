@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from hbat_lightning import PPOModule
+from hbat_lightning import PPOModule, strategies
 from hbat_lightning.data.conflict_task import preference_reward
 from hbat_lightning.errors import UserError
 from hbat_lightning.objectives import RewardModule
@@ -136,3 +136,37 @@ def test_which_runs_leave_parameters_unused(make_hybrid: Any, make_policy: Any) 
     assert leaves(make_hybrid(preference=PPOModule(FunctionReward(preference_reward))))
     assert not leaves(RewardModule(policy=make_policy()))  # its head is in every step
     assert leaves(RewardModule(policy=make_policy(lora=None)))  # and takes the output layer's place
+
+
+class AtExit:
+    """What is registered."""
+
+    def __init__(self) -> None:
+        self.registered: list[Any] = []
+
+    def register(self, what: Any) -> None:
+        self.registered.append(what)
+
+    def unregister(self, what: Any) -> None:
+        self.registered = [one for one in self.registered if one != what]
+
+
+class Fails(Callback):
+    """An error in the middle of training."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise RuntimeError("nobody expects this")
+
+
+def test_a_process_leaves_its_group_at_exit_where_no_error_has_come(
+    make_hybrid: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error others may never come to what this one would wait for."""
+    at_exit = AtExit()
+    monkeypatch.setattr(strategies, "atexit", at_exit)
+    for _ in range(2):
+        fit(make_hybrid(), max_steps=1)
+        assert at_exit.registered == [strategies._leave_group]
+    with pytest.raises(RuntimeError, match="nobody expects this"):
+        fit(make_hybrid(), Fails(), max_steps=1)
+    assert at_exit.registered == []
