@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import shutil
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
+from hbat_lightning import DataSource, HybridDataModule, Policy
 from hbat_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -118,8 +124,17 @@ def run(config: str, folder: Path, settings: dict[str, object]) -> list[dict[str
 
 
 @pytest.fixture(scope="module")
+def held_out_pairs(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some HH-RLHF pairs that nothing trains on."""
+    file = tmp_path_factory.mktemp("pairs") / "held_out.jsonl"
+    with gzip.open(real_data / PAIRS["hh"], "rt") as lines:
+        file.write_text("".join(islice(lines, ROWS, ROWS + 40)))
+    return file
+
+
+@pytest.fixture(scope="module")
 def reward_model(
-    small_llama: str, real_data: Path, tmp_path_factory: pytest.TempPathFactory
+    small_llama: str, real_data: Path, held_out_pairs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, str]]]:
     """The folder of a run of RewardModule on HH-RLHF pairs, and what it logged."""
     folder = tmp_path_factory.mktemp("reward")
@@ -130,6 +145,7 @@ def reward_model(
             "trainer.accumulate_grad_batches": 2,
             "data.init_args.preference.path": real_data / PAIRS["hh"],
             "data.init_args.preference.limit": 32,
+            "data.init_args.preference.val_path": held_out_pairs,
             "model.init_args.policy.init_args.model_name_or_path": small_llama,
             "model.init_args.epochs": 4,
             "model.init_args.lr": 5e-3,
@@ -138,22 +154,51 @@ def reward_model(
     return folder, rows
 
 
-def test_a_reward_model(reward_model: tuple[Path, list[dict[str, str]]]) -> None:
-    """HH-RLHF pairs, in 4 bits: from ln 2 down, on the rows that it trains on."""
+def test_a_reward_model(
+    reward_model: tuple[Path, list[dict[str, str]]], small_llama: str, held_out_pairs: Path
+) -> None:
+    """HH-RLHF pairs, in 4 bits: from ln 2 down on what it trains on, and the figures of held-out pairs from its files."""
     folder, rows = reward_model
     losses = [float(row["train/preference/loss"]) for row in rows if row["train/preference/loss"]]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-3:]) / 3 < 0.6
+    margins = margins_by_hand(folder / "adapter", small_llama, held_out_pairs)
+    likely = torch.sigmoid(margins)
+    expected = {
+        "accuracy": (margins > 0).double().mean(),
+        "loss": -likely.log().mean(),
+        "margin": margins.mean(),
+        "confidence": torch.maximum(likely, 1 - likely).mean(),
+        "brier": (1 - likely).square().mean(),
+    }
+    assert len(margins) % 2 == 1  # so that accuracy cannot be a half, the same from either side
+    assert float(margins.std()) > 0.1  # the model tells answers apart
     held_out = next(row for row in reversed(rows) if row["val/preference/loss"])
-    accuracy, confidence, brier = (
-        float(held_out[f"val/preference/{name}"]) for name in ("accuracy", "confidence", "brier")
+    found = {name: float(held_out[f"val/preference/{name}"]) for name in expected}
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4)
+
+
+def margins_by_hand(adapter: Path, base: str, pairs: Path) -> torch.Tensor:
+    """From the run's files by plain PEFT: reward of the chosen less that of the rejected answer, each alone and unpadded."""
+    policy = Policy(base, quantization="nf4", dtype="float32")
+    policy.build(torch.device("cpu"))
+    model = cast(PeftModel, policy.model).eval()
+    model.load_adapter(str(adapter), "trained")
+    model.set_adapter("trained")
+    head = load_file(adapter / "reward_head.safetensors")
+    data = HybridDataModule(
+        preference=DataSource(str(pairs), val_fraction=0.0), truncation="drop", invalid_rows="drop", max_length=256
     )
-    assert 0.0 < accuracy <= 1.0
-    assert 0.5 < confidence < 1.0  # of the likelier answer
-    assert (
-        (1 - confidence) ** 2 <= brier < confidence
-    )  # whatever is preferred: (1 - c)² where it is the likelier, else c²
-    assert (folder / "adapter" / "reward_head.safetensors").exists()
+    data.load("preference", policy.tokenizer, seed=1)
+    rows = data.train_sets["preference"]
+    batch = rows.collate(range(len(rows)))
+    rewards = []
+    for ids, keep in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        with torch.no_grad():
+            states = model(input_ids=ids[keep].unsqueeze(0), output_hidden_states=True).hidden_states[-1]
+        rewards.append(states[0, -1] @ head["weight"][0] + head["bias"][0])
+    chosen, rejected = torch.stack(rewards).double().chunk(2)
+    return chosen - rejected
 
 
 def test_hbat_with_ppo_against_that_reward_model(

@@ -124,18 +124,19 @@ def test_ratio_is_one_and_divergence_zero_at_every_phase_start(
 
 @pytest.mark.parametrize("kind", ALL)
 def test_ewc_pulls_by_nothing_where_a_phase_begins_and_by_something_after(kind: Any, train: Any) -> None:
-    """From SFT to an objective on rollouts and back: the pull of a phase on what it shares with the last is 0 to the bit."""
+    """From SFT to an objective on rollouts and back: penalty and pull of a phase's first step are 0 to the bit."""
     run = train(make(kind), ElasticWeightConsolidation(3.0))
-    phases: dict[float, list[float]] = {}
-    for row in run.log.rows:
-        if "ewc/pull_norm" in row:
-            phases.setdefault(row["phase/index"], []).append(row["ewc/pull_norm"])
-    assert list(phases) == [0, 1, 2, 3]
-    assert set(phases[0]) == {0.0}
-    for number in (1, 2, 3):
-        first, *others = phases[number]
-        assert first == 0.0
-        assert min(others) > 0.0
+    for name in ("ewc/penalty", "ewc/pull_norm"):
+        phases: dict[float, list[float]] = {}
+        for row in run.log.rows:
+            if name in row:
+                phases.setdefault(row["phase/index"], []).append(row[name])
+        assert list(phases) == [0, 1, 2, 3]
+        assert set(phases[0]) == {0.0}
+        for number in (1, 2, 3):
+            first, *others = phases[number]
+            assert first == 0.0
+            assert min(others) > 0.0
 
 
 def test_the_reference_of_a_phase_is_the_policy_that_instruction_training_left(train: Any) -> None:
