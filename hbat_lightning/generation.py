@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hbat_lightning.completions import Completed
 
@@ -47,6 +47,55 @@ def decoding(settings: GenerationSettings, stop_token_id: int, pad_token_id: int
     )
 
 
+class LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
+    """Notes the log-probability of every sampled token, by the very logits that it was drawn from.
+
+    They are the sampler's: of its cached passes over left-padded prompts, in its precision, tempered, and before top-k and
+    top-p. Scoring the same text in one pass gives other sums.
+
+    Attributes:
+        log_probs: Of every completion, ``(n,)`` fp32 on the CPU; there after :func:`complete`.
+
+    Args:
+        temperature: What completions are sampled at.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.log_probs: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Transformers calls it before a token is drawn: the one before is known now. Changes nothing.
+
+        Args:
+            input_ids: ``(B, T)`` so far.
+            scores: ``(B, V)`` logits of the next token.
+        """
+        if self._logits is not None:
+            self._note(input_ids[:, -1])
+        self._logits = scores
+        return scores
+
+    def finish(self, sampled: Tensor, completions: Sequence[Sequence[int]]) -> None:
+        """Note the last token, and cut what was drawn behind stop tokens.
+
+        Args:
+            sampled: ``(B, n)`` all that was sampled.
+            completions: The same without what follows a stop token.
+        """
+        self._note(sampled[:, -1])
+        rows = torch.stack(self._steps, 1).cpu()
+        self.log_probs = [row[: len(own)].clone() for row, own in zip(rows, completions, strict=True)]
+        self._steps, self._logits = [], None
+
+    def _note(self, tokens: Tensor) -> None:
+        logits = cast(Tensor, self._logits).float() / self.temperature
+        own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        self._steps.append(own - logits.logsumexp(-1))
+
+
 @torch.no_grad()
 def complete(
     model: nn.Module,
@@ -55,6 +104,7 @@ def complete(
     settings: GenerationSettings,
     stop_token_id: int,
     pad_token_id: int,
+    recorder: LogProbRecorder | None = None,
 ) -> list[list[int]]:
     """Complete left-padded prompts, in evaluation mode.
 
@@ -65,15 +115,23 @@ def complete(
         settings: Sampling.
         stop_token_id: Ends a completion.
         pad_token_id: Fills up ended ones.
+        recorder: Is to know the log-probabilities of what is sampled.
 
     Returns:
         B lists of token ids, each with its stop token if it stopped, without padding.
     """
     config = decoding(settings, stop_token_id, pad_token_id)
     config.max_new_tokens = settings.max_new_tokens
+    listening = {} if recorder is None else {"logits_processor": LogitsProcessorList([recorder])}
     with _evaluating(model), _plain_generation_config(model):
-        out = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-    return [_until_stop(ids, stop_token_id) for ids in out[:, input_ids.shape[1] :].tolist()]
+        out = cast(Any, model).generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **listening
+        )
+    sampled = out[:, input_ids.shape[1] :]
+    completions = [_until_stop(ids, stop_token_id) for ids in sampled.tolist()]
+    if recorder is not None:
+        recorder.finish(sampled, completions)
+    return completions
 
 
 @contextlib.contextmanager

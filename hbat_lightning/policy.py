@@ -35,7 +35,7 @@ from hbat_lightning.base_model import (
     load_tokenizer,
 )
 from hbat_lightning.errors import UserError
-from hbat_lightning.generation import GenerationSettings, complete
+from hbat_lightning.generation import GenerationSettings, LogProbRecorder, complete
 from hbat_lightning.model_card import ADAPTER, MODEL, Weights
 from hbat_lightning.packing import attending_again
 from hbat_lightning.scoring import CausalScorer, TokenScores
@@ -396,9 +396,10 @@ class Policy(nn.Module):
         settings: GenerationSettings,
         stop_token_id: int,
         pad_token_id: int,
+        recorder: LogProbRecorder | None = None,
     ) -> list[list[int]]:
         """Complete left-padded prompts; see :func:`~hbat_lightning.generation.complete`."""
-        return complete(self._model, input_ids, attention_mask, settings, stop_token_id, pad_token_id)
+        return complete(self._model, input_ids, attention_mask, settings, stop_token_id, pad_token_id, recorder)
 
     @property
     def weights(self) -> Weights:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hbat_lightning import GenerationSettings, LoraSettings, Policy
 from hbat_lightning.errors import UserError
 from hbat_lightning.functional import log_probs, sequence_log_probs
+from hbat_lightning.generation import LogProbRecorder
 from tests.support import same_bits
 
 CPU = torch.device("cpu")
@@ -337,6 +338,34 @@ def test_sampling_draws_from_the_global_generator(make_policy: Any, batches: Any
         return policy.generate(ids, torch.ones_like(ids), settings, 2, 0)
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_recorder_knows_the_log_probabilities_of_what_is_sampled(make_policy: Any, batches: Any) -> None:
+    """Each token's from the plain model over the unpadded text: tempered, whatever top-k leaves, the stop token's too."""
+    policy = built(make_policy(), noise=0.1).eval()
+    lengths, width = (9, 14, 11, 5, 8), 14
+    prompts = [row[:length] for row, length in zip(batches[0]["input_ids"], lengths, strict=True)]
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts]).long()
+    settings = GenerationSettings(max_new_tokens=8, temperature=0.7, top_k=3)
+    torch.manual_seed(3)
+    free = policy.generate(ids, mask, settings, -1, 0)
+    stop = free[1][4]
+    for ending in (-1, stop):
+        recorder = LogProbRecorder(0.7)
+        torch.manual_seed(3)
+        completions = policy.generate(ids, mask, settings, ending, 0, recorder)
+        if ending == -1:
+            assert completions == free  # listening changes nothing
+        else:
+            assert len(completions[1]) <= 5
+        for prompt, completion, found in zip(prompts, completions, recorder.log_probs, strict=True):
+            whole = torch.tensor([prompt.tolist() + completion])
+            with torch.no_grad():
+                logits = policy.model(whole).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+            assert torch.allclose(found, expected, atol=1e-5)
+            assert found.shape == (len(completion),)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])

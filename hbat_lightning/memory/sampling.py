@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from hbat_lightning.generation import GenerationSettings, complete
+from hbat_lightning.generation import GenerationSettings, LogProbRecorder, complete
 from hbat_lightning.memory.allocation import AllocationTracker, Category
 from hbat_lightning.policy import Policy
 
@@ -37,7 +37,12 @@ def generation_of(policy: Policy, tracker: AllocationTracker) -> Generate:
     """
 
     def generate(
-        input_ids: Tensor, attention_mask: Tensor, settings: GenerationSettings, stop_token_id: int, pad_token_id: int
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        settings: GenerationSettings,
+        stop_token_id: int,
+        pad_token_id: int,
+        recorder: LogProbRecorder | None = None,
     ) -> list[list[int]]:
         count, length = input_ids.shape
         new = settings.max_new_tokens
@@ -46,9 +51,12 @@ def generation_of(policy: Policy, tracker: AllocationTracker) -> Generate:
             contextlib.suppress(_EnoughSeenError),
         ):
             stop = max(1, stop_token_id)  # is not known without data
-            complete(cast(nn.Module, policy.model), *_prompts(count, length), settings, stop, pad_token_id)
+            complete(cast(nn.Module, policy.model), *_prompts(count, length), settings, stop, pad_token_id, recorder)
         tracker.cut()
-        return [[1] * max(1, new - row % 2) for row in range(count)]
+        completions = [[1] * max(1, new - row % 2) for row in range(count)]
+        if recorder is not None:
+            recorder.log_probs = [torch.zeros(len(one)) for one in completions]
+        return completions
 
     return generate
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.functional import kl_k1, kl_k3
+from hbat_lightning.generation import LogProbRecorder
 from hbat_lightning.moments import RunningMoments
 from hbat_lightning.objectives.rollout import PAD, RolloutModule
 from hbat_lightning.policy import Policy, Reference
@@ -28,7 +29,8 @@ class PolicyGradientModule(RolloutModule):
     (k1, summed over tokens) and ``reward_clipped``, the share whose reward was cut; over actions (tokens, with RLOO
     completions) ``ratio``, new to old probability, and ``clipped``, the share whose ratio is beyond the clip; and over tokens
     ``truncation``, how many nats the log-probabilities of what was really sampled from are above the policy's: 0 without
-    top-k and top-p.
+    top-k and top-p; and ``sampler_gap``, how many nats these are on average off those that the sampler itself had, whose
+    cached passes over padded prompts add up in another order.
 
     Args:
         reward: Scores completions.
@@ -78,6 +80,15 @@ class PolicyGradientModule(RolloutModule):
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
+    def draw(self, policy: Policy, prompts: Sequence[list[int]], device: torch.device) -> list[Rollout]:
+        """See :meth:`RolloutModule.draw`; with what the sampler thought of its tokens."""
+        recorder = LogProbRecorder(self.sampling.temperature)
+        completions = self._complete(policy, prompts, self.sampling, device, recorder)
+        return [
+            Rollout(prompt, ids, {"sampler_log_probs": log_probs})
+            for prompt, ids, log_probs in zip(prompts, completions, recorder.log_probs, strict=True)
+        ]
+
     def look(self, policy: Policy, part: Sequence[Rollout], device: torch.device) -> None:
         """What policy and reference say of a micro-batch's completions.
 
@@ -99,6 +110,8 @@ class PolicyGradientModule(RolloutModule):
             for rollout, own in zip(part, torch.split(values.cpu(), lengths), strict=True):
                 rollout.tokens[name] = own.clone()
         for rollout in part:
+            gap = rollout.tokens["old_log_probs"] - rollout.tokens.pop("sampler_log_probs")
+            rollout.tokens["sampler_gap"] = gap.abs()
             own = kl_k1(rollout.tokens["old_log_probs"], rollout.tokens["reference_log_probs"])
             rollout.figures["kl"] = float(own.sum())
 
@@ -147,7 +160,8 @@ class PolicyGradientModule(RolloutModule):
         new, old = self.actions(inputs, log_probs.detach())
         ratio = torch.exp(new - old)
         outside = (ratio - 1).abs() > self.clip
-        means = {"ratio": ratio, "clipped": outside.float(), "truncation": inputs["truncation"]}
+        means = {"ratio": ratio, "clipped": outside.float()}
+        means |= {name: inputs[name] for name in ("truncation", "sampler_gap")}
         counted = {name: (value.sum(), torch.tensor(len(value), device=value.device)) for name, value in means.items()}
         return losses | counted | self.figure_sums(inputs)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbat_lightning.data.formats import recognise_prompts
 from hbat_lightning.data.kinds import RowKind
+from hbat_lightning.data.length_order import LengthOrder
 from hbat_lightning.data.rollouts import (
     Each,
     Prompts,
@@ -25,7 +26,7 @@ from hbat_lightning.data.rollouts import (
 )
 from hbat_lightning.data.sets import pad_left
 from hbat_lightning.data.tokenization import Encoder
-from hbat_lightning.generation import GenerationSettings
+from hbat_lightning.generation import GenerationSettings, LogProbRecorder
 from hbat_lightning.objectives.base import ObjectiveModule
 from hbat_lightning.phases import Progress
 from hbat_lightning.policy import Policy
@@ -145,7 +146,13 @@ class RolloutModule(ObjectiveModule):
         return parts
 
     def _answer(self, policy: Policy, prompts: Prompts, device: torch.device, each: Each) -> list[list[list[Rollout]]]:
-        """Rewarded completions of all prompts of a cycle."""
+        """Rewarded completions of all prompts of a cycle, those of like lengths sampled together."""
+        order = LengthOrder(prompts)
+        return order.undo(self._answer_in_batches(policy, order.apply(prompts), device, each))
+
+    def _answer_in_batches(
+        self, policy: Policy, prompts: Prompts, device: torch.device, each: Each
+    ) -> list[list[list[Rollout]]]:
         dynamic = self.dynamic_sampling
         first = self.samples if dynamic is None else dynamic.minimum
         parts = each(lambda part: self._sample(policy, part, [first] * len(part), device), prompts)
@@ -175,19 +182,28 @@ class RolloutModule(ObjectiveModule):
         repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
         if not repeated:
             return [[] for _ in prompts]
-        completions = self._complete(policy, repeated, self.sampling, device)
-        rollouts = [Rollout(prompt, ids) for prompt, ids in zip(repeated, completions, strict=True)]
+        rollouts = self.draw(policy, repeated, device)
         for rollout, reward in zip(rollouts, self.reward.score(policy, rollouts, device).tolist(), strict=True):
             stopped = float(rollout.completion[-1] == self._stop)
             rollout.figures = {"reward": reward, "length": float(len(rollout.completion)), "stopped": stopped}
         rest = iter(rollouts)
         return [[next(rest) for _ in range(count)] for count in counts]
 
+    def draw(self, policy: Policy, prompts: Sequence[list[int]], device: torch.device) -> list[Rollout]:
+        """A completion of each prompt."""
+        completions = self._complete(policy, prompts, self.sampling, device)
+        return [Rollout(prompt, ids) for prompt, ids in zip(prompts, completions, strict=True)]
+
     def _complete(
-        self, policy: Policy, prompts: Sequence[list[int]], sampling: GenerationSettings, device: torch.device
+        self,
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        sampling: GenerationSettings,
+        device: torch.device,
+        recorder: LogProbRecorder | None = None,
     ) -> list[list[int]]:
         inputs = {name: value.to(device) for name, value in pad_left(prompts, PAD).items()}
-        return policy.generate(inputs["input_ids"], inputs["attention_mask"], sampling, self._stop, PAD)
+        return policy.generate(inputs["input_ids"], inputs["attention_mask"], sampling, self._stop, PAD, recorder)
 
     def keep(self, completions: list[Rollout]) -> list[Rollout]:
         """Those of a prompt's completions that are trained on: all."""

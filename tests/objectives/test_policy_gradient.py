@@ -81,7 +81,7 @@ def probability(completion: tuple[int, ...]) -> float:
 
 def rollout(completion: tuple[int, ...]) -> Rollout:
     figures = {"reward": REWARDS[completion], "length": float(len(completion)), "stopped": float(completion[-1] == 0)}
-    return Rollout([0], list(completion), figures=figures)
+    return Rollout([0], list(completion), {"sampler_log_probs": torch.zeros(len(completion))}, figures)
 
 
 def in_proportion() -> list[Rollout]:

@@ -17,7 +17,9 @@ from torch import Tensor
 from hbat_lightning import DataSource, GenerationSettings, HybridDataModule, LoraSettings
 from hbat_lightning.callbacks import ElasticWeightConsolidation, WindowCheckpoint
 from hbat_lightning.data import embedded
+from hbat_lightning.data.rollouts import one_by_one
 from hbat_lightning.errors import UserError
+from hbat_lightning.generation import LogProbRecorder
 from hbat_lightning.importance import ExactFisher
 from hbat_lightning.objectives.critic_free import GRPOModule, REINFORCEModule, RLOOModule
 from hbat_lightning.objectives.ppo import PPOModule
@@ -53,7 +55,9 @@ ALL = [*KINDS, RAFTModule]
 def scripted(policy: Any) -> Callable[..., list[list[int]]]:
     """Have a policy complete prompts by a script that knows nothing but a prompt and how often it has come in a batch."""
 
-    def generate(input_ids: Tensor, attention_mask: Tensor, settings: Any, stop: int, pad: int) -> list[list[int]]:
+    def generate(
+        input_ids: Tensor, attention_mask: Tensor, settings: Any, stop: int, pad: int, recorder: Any = None
+    ) -> list[list[int]]:
         seen: Counter[tuple[int, ...]] = Counter()
         answers = []
         for ids, keep in zip(input_ids, attention_mask.bool(), strict=True):
@@ -62,6 +66,8 @@ def scripted(policy: Any) -> Callable[..., list[list[int]]]:
             seen[prompt] += 1
             answer = [draw.randrange(20, 90) for _ in range(draw.randint(1, settings.max_new_tokens))]
             answers.append(answer if draw.random() < 0.5 else [*answer[:-1], stop])
+        if recorder is not None:
+            recorder.log_probs = [torch.zeros(len(answer)) for answer in answers]
         return answers
 
     policy.generate = generate
@@ -352,6 +358,50 @@ def test_truncated_sampling_is_reported(train: Any) -> None:
     assert all(gap > 0 for gap in gaps)
     plain = train(make(REINFORCEModule)).log.column("train/preference/truncation")
     assert set(plain) == {0.0}
+
+
+@pytest.mark.parametrize(("precision", "low", "high"), [("32-true", 0.0, 1e-5), ("bf16-mixed", 1e-4, 5e-2)])
+def test_what_the_sampler_thought_is_reported(
+    precision: Any, low: float, high: float, train: Any, monkeypatch: Any
+) -> None:
+    """Rounding in fp32, more in bf16; and where sampler and policy part, how far, top-k or not."""
+    cut = GenerationSettings(max_new_tokens=6, temperature=0.7, top_k=5)
+    gaps = train(make(REINFORCEModule, sampling=cut), precision=precision).log.column("train/preference/sampler_gap")
+    assert len(gaps) == 8
+    assert all(low <= gap < high for gap in gaps)
+
+    def off_by_three_nats(recorder: LogProbRecorder, sampled: Tensor, completions: Any) -> None:
+        finish(recorder, sampled, completions)
+        recorder.log_probs = [values - 3.0 for values in recorder.log_probs]
+
+    finish = LogProbRecorder.finish
+    monkeypatch.setattr(LogProbRecorder, "finish", off_by_three_nats)
+    gaps = train(make(REINFORCEModule, sampling=cut)).log.column("train/preference/sampler_gap")
+    assert gaps == pytest.approx([3.0] * 8, abs=1e-4)
+
+
+def test_prompts_of_like_lengths_are_sampled_together(make_policy: Any) -> None:
+    objective = make(REINFORCEModule, samples=2)
+    policy = make_policy()
+    policy.build(torch.device("cpu"))
+    widths = []
+
+    def generate(
+        ids: Tensor, mask: Tensor, settings: Any, stop: int, pad: int, recorder: LogProbRecorder
+    ) -> list[list[int]]:
+        widths.append((len(ids), int(mask.sum(1).min()), ids.shape[1]))
+        recorder.log_probs = [torch.zeros(2)] * len(ids)
+        return [[int(row[-1]), 2] for row in ids]  # an answer that tells whose it is
+
+    policy.generate = generate
+    prompts = [[[9] * 7 + [30], [9, 31]], [[9] * 6 + [32], [9] * 2 + [33]], [[9] * 4 + [34]]]
+    parts = objective._answer(policy, prompts, torch.device("cpu"), one_by_one)
+    assert widths == [(4, 2, 3), (4, 5, 7), (2, 8, 8)]
+    assert [[[one.completion[0] for one in group] for group in part] for part in parts] == [
+        [[30, 30], [31, 31]],
+        [[32, 32], [33, 33]],
+        [[34, 34]],
+    ]
 
 
 def test_held_out_prompts_are_completed_greedily(train: Any) -> None:
