@@ -71,6 +71,25 @@ def test_every_method_is_a_configuration(name: str, tmp_path: Path, capsys: pyte
     assert draws(METHODS[name], 8) == draws(METHODS[name], 8)
 
 
+def test_methods_differ_in_what_they_are_and_not_in_their_draws() -> None:
+    """The same pairs of rate and β, all different; every value of a range as often as any other; Fisher pulls of its own."""
+    tried = {name: draws(METHODS[name], 6) for name in METHODS}
+    pairs = [(one["model.preference.lr"], one["model.preference.beta"]) for one in tried["two-stage DPO"]]
+    assert len(set(pairs)) == 6
+    strength = "trainer.callbacks.strength"
+    for name in ("two-stage DPO, EWC, drift", "Hbat-DPO, none", "Hbat-DPO, Fisher", "two-stage RPO", "Hbat-Freeze"):
+        assert [(one["model.preference.lr"], one["model.preference.beta"]) for one in tried[name]] == pairs
+        for key, values in METHODS[name].ranges.items():
+            assert len({[one[key] for one in tried[name]].count(value) for value in values}) == 1
+    assert all(strength not in one for one in tried["Hbat-DPO, none"])
+    pulls, fishers = ([one[strength] for one in tried[f"Hbat-DPO, {form}"]] for form in ("drift", "Fisher"))
+    assert fishers == [25 * pull for pull in pulls]
+    assert [one["model.schedule.rounds"] for one in tried["Hbat-DPO, none"]] == [
+        one["model.schedule.rounds"] for one in tried["Hbat-PPO, drift"]
+    ]
+    assert len(tried["sft"]) == 4
+
+
 def test_verdicts_follow_from_intervals() -> None:
     def results(method: str, exact: list[float]) -> list[dict[str, Any]]:
         return [{"method": method, "seed": seed, "exact": one, "gold": 4.0} for seed, one in enumerate(exact)]

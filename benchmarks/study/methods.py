@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fits import CONFIGS
 from runs import Method
 
 HERE = Path(__file__).parent
+STRENGTH = "trainer.callbacks.strength"
 
 
 def read_methods(path: Path = HERE / "methods.yaml") -> dict[str, Method]:
@@ -26,14 +26,31 @@ def read_methods(path: Path = HERE / "methods.yaml") -> dict[str, Method]:
 
 
 def draws(method: Method, count: int) -> list[dict[str, Any]]:
-    """What of a method's ranges is tried, at random and always the same; all of it where there is no more.
+    """What of a method's ranges is tried: every value as often as any other, or once more.
+
+    Methods with the same first two ranges try the same pairs of them, all different, and with the same third one the same of
+    that, and so on. So they differ in what they are, not in the luck of their draws.
 
     Args:
         method: The method.
-        count: How many.
+        count: How many; fewer where there are no more.
     """
-    every = [dict(zip(method.ranges, values, strict=True)) for values in product(*method.ranges.values())]
-    return random.Random(f"draws of {method.name}").sample(every, min(count, len(every)))
+    columns: dict[str, list[Any]] = {}
+    for number, (name, values) in enumerate(method.ranges.items()):
+        every = [values[place % len(values)] for place in range(count)]
+        if number == 1:
+            steps = len(next(iter(method.ranges.values())))  # a lattice: one further with every time through the first
+            every = [values[(place + place // steps) % len(values)] for place in range(count)]
+        columns[name] = every if number < 2 else _spread(name, every, list(columns.values()))
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [one for place, one in enumerate(found) if one not in found[:place]]
+
+
+def _spread(name: str, values: list[Any], others: list[list[Any]]) -> list[Any]:
+    """The values in an order in which each value of the other ranges meets as many different ones as can be."""
+    rng = random.Random(f"order of {name}")
+    orders = [rng.sample(values, len(values)) for _ in range(200)]
+    return max(orders, key=lambda order: sum(len(set(zip(column, order, strict=True))) for column in others))
 
 
 def _forms(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[Method]:
@@ -41,13 +58,14 @@ def _forms(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     forms = {form: more for form, more in entry.get("forms", {"": {}}).items() if form not in entry.get("without", [])}
     layers = tuple(str(HERE / layer if not (CONFIGS / layer).exists() else layer) for layer in entry["layers"])
     for form, more in forms.items():
-        ranges = {key: values for key, values in entry["ranges"].items() if key not in more}
-        if options.get("trainer.callbacks.strength") == 0 or more.get("trainer.callbacks.strength") == 0:
-            ranges.pop("trainer.callbacks.strength", None)
+        ranges = {key: more.get(key, values) for key, values in entry["ranges"].items()}
+        settled = {**options, **more}
+        if settled.get(STRENGTH) == 0:
+            ranges.pop(STRENGTH, None)
         yield Method(
             f"{name}, {form}" if form else name,
             layers,
-            options | more,
+            {key: value for key, value in settled.items() if key not in ranges},
             ranges,
             tuple(entry.get("objectives", ("instruction", "preference"))),
         )
