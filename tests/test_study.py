@@ -138,3 +138,30 @@ def test_all_stages_in_tiny_worlds_and_again_without_doing_anything_twice(tmp_pa
         "sft/chosen-1",
         "sft/chosen-11",
     }  # the worlds, and what other runs may begin from, are made again
+
+
+def test_real_text_in_small(real_data: Path, tmp_path: Path) -> None:
+    """The same command as at full size; what it reports is what the runs' own files say, and no held-out row is trained on."""
+    command = [sys.executable, "-W", "ignore", str(STUDY / "real_text.py"), str(real_data), "--smoke", "--workers", "1"]
+    command += ["--output", str(tmp_path)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert told.splitlines() == (tmp_path / "table.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["SFT", "two-stage DPO", "Hbat-DPO, drift"]
+    folder = tmp_path / "runs" / "Hbat-DPO" / "drift" / "0.0002-1"
+    switches = [json.loads(line) for line in (folder / "switches.jsonl").read_text().splitlines()]
+    assert [one["objective"] for one in switches] == ["instruction", "preference"] * 2
+    added = sum(one["after"]["val/instruction/loss"] - one["before"]["val/instruction/loss"] for one in switches[1::2])
+    last = switches[-1]["after"]
+    shown = [float(rows[2][place]) for place in (2, 4, 5, 7)]
+    truth = [last["val/instruction/loss"], added, last["val/preference/accuracy"], last["val/preference/loss"]]
+    assert shown == pytest.approx(truth, abs=1e-3)
+    world = tmp_path / "worlds" / "world-1"
+    for name in ("instruction", "preference"):
+        trained, held_out = (set((world / f"{name}{end}.jsonl").read_text().splitlines()) for end in ("", "-held-out"))
+        assert len(trained) == 16
+        assert len(held_out) == 8
+        assert not trained & held_out
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == told
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == times

@@ -14,23 +14,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from kept import bring_back, keep
 from methods import draws, read_methods
 from report import report
 from runs import Method, Trial, run
 from scores import best, starting_gold
-from tqdm import tqdm
+from workers import Workers
 from world import SMOKE, Sizes, make_world
-
-from hbat_lightning import quiet
 
 SFT = "sft"
 ROUNDS = ("two-stage DPO", "Hbat-DPO, none", "Hbat-DPO, drift", "Hbat-DPO, uniform")
@@ -73,26 +68,6 @@ class Plan:
         start = self.output / "runs" / SFT / f"chosen-{seed}" / "adapter"
         folder = self.output / "runs" / method.name.replace(", ", "/") / f"{name}-{seed}"
         return Trial(method, chosen, self.world(seed), split, folder, seed, start, **more)
-
-
-class Workers:
-    """Processes that make runs side by side, one thread each."""
-
-    def __init__(self, count: int) -> None:
-        self._pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin_worker)
-
-    def all(self, what: str, work: Any, each: Iterable[Any]) -> list[Any]:
-        """Results in order, with progress."""
-        jobs = [
-            self._pool.submit(work, *one) if isinstance(one, tuple) else self._pool.submit(work, one) for one in each
-        ]
-        return [job.result() for job in tqdm(jobs, desc=what, unit="run")]
-
-
-def _begin_worker() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    quiet.install()
 
 
 def carry_out(

@@ -69,10 +69,10 @@ def make_world(folder: Path, seed: int, sizes: Sizes) -> Path:
     rng = random.Random(f"study {seed}")
     _pretrain(world, rng, seed, sizes)
     for name, count in (("instruction", sizes.instructions), ("instruction-held-out", sizes.held_out)):
-        _write(world / f"{name}.jsonl", [_instruction(rng, sizes.tldr_share) for _ in range(count)])
+        write_rows(world / f"{name}.jsonl", [_instruction(rng, sizes.tldr_share) for _ in range(count)])
     for split, count in (("validation", sizes.validation), ("test", sizes.test)):
         asked = [_exact(rng) for _ in range(count)]
-        _write(world / f"{split}.jsonl", asked + [_tldr(rng) for _ in range(count)])
+        write_rows(world / f"{split}.jsonl", asked + [_tldr(rng) for _ in range(count)])
     _write_pairs(world, rng, seed, sizes)
     reward = {"data.preference.path": world / "preference.jsonl", "model.optimizer.lr": 3e-3}
     fit(["reward.yaml"], world / "reward-run", seed, {**in_world(world), **held_out(world, "preference"), **reward})
@@ -159,7 +159,7 @@ def _write_pairs(world: Path, rng: random.Random, seed: int, sizes: Sizes) -> No
     policy = fit(["sft.yaml", "policy/full.yaml"], world / "sampler", seed, settings).policy
     torch.manual_seed(seed)
     for name, count in (("preference", sizes.pairs), ("preference-held-out", sizes.held_out)):
-        _write(world / f"{name}.jsonl", _pairs(policy, rng, count))
+        write_rows(world / f"{name}.jsonl", _pairs(policy, rng, count))
 
 
 def _pairs(policy: Policy, rng: random.Random, count: int) -> list[dict[str, Any]]:
@@ -185,12 +185,13 @@ def _exact(rng: random.Random) -> dict[str, Any]:
 
 def _tldr(rng: random.Random) -> dict[str, Any]:
     facts = task.draw_facts(rng)
-    return {"prompt": task.write_prompt(rng, facts, task.TLDR), "completion": facts.as_people_write(rng)}
+    return {"prompt": task.write_prompt(rng, facts, task.TLDR), "completion": facts.as_peoplewrite_rows(rng)}
 
 
 def _instruction(rng: random.Random, tldr_share: float) -> dict[str, Any]:
     return _tldr(rng) if rng.random() < tldr_share else _exact(rng)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A JSONL file of rows."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,253 @@
+"""SFT, two stages and Hbat on real text, as far as a CPU goes.
+
+    python benchmarks/study/real_text.py DATA
+
+DATA holds ``llama2_tokenizer.model``, ``wiki_demo.txt``, ``alpaca_en_demo.json`` and ``hh_rlhf_harmless_base_test.jsonl.gz``.
+For every seed a Llama of 12 million parameters is given some language by the texts of ``wiki_demo.txt`` and a third of the
+Alpaca rows; then every system trains adapters of it on the other Alpaca rows and the pairs of HH-RLHF, at two rates of the
+preference objective, none of them tuned. The table has, over seeds, the loss per token of held-out instructions and what all
+preference phases together have added to it (forgetting), and accuracy and loss of held-out pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from fits import fit
+from report import interval
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from workers import Workers
+from world import write_rows
+
+HERE = Path(__file__).parent
+EWC = str(HERE / "ewc.yaml")
+BASELINE = "two-stage DPO"
+NO_EWC = {"trainer.callbacks.strength": 0}
+UNIFORM = {"trainer.callbacks.importance": "UniformImportance", "trainer.callbacks.strength": 0.1}
+DRIFT = {"trainer.callbacks.strength": 0.1}
+ROUNDS = {"model.schedule.rounds": 2}
+SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    BASELINE: (["two_stage_dpo.yaml"], {}),
+    "two-stage DPO, EWC, drift": (["two_stage_dpo.yaml", EWC], DRIFT),
+    "two-stage DPO, EWC, uniform": (["two_stage_dpo.yaml", EWC], UNIFORM),
+    "joint DPO": (["two_stage_dpo.yaml", "joint.yaml"], {"model.schedule.epochs": 3}),
+    "Hbat-DPO, none": (["hbat_dpo.yaml"], ROUNDS | NO_EWC),
+    "Hbat-DPO, drift": (["hbat_dpo.yaml"], ROUNDS | DRIFT),
+    "Hbat-DPO, uniform": (["hbat_dpo.yaml"], ROUNDS | UNIFORM),
+}
+RATES = (2e-4, 1e-3)
+INSTRUCTION_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything there is."""
+
+    width: int = 256
+    pretraining_epochs: int = 6
+    instructions: int = 560
+    pairs: int = 1200
+    held_out: int = 100
+
+
+SMOKE = Sizes(32, 1, 16, 16, 8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be made."""
+
+    system: str
+    rate: float
+    seed: int
+    world: Path
+    folder: Path
+
+
+def make_world(data: Path, folder: Path, seed: int, sizes: Sizes) -> Path:
+    """Base model and data of a seed, made where they are not there yet.
+
+    Args:
+        data: Folder of the files that the module names.
+        folder: Where worlds are.
+        seed: Of the order of rows, and of the model.
+        sizes: How large it is.
+
+    Returns:
+        Its folder.
+    """
+    world = folder / f"world-{seed}"
+    if (world / "base").exists():
+        return world
+    world.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"real text {seed}")
+    rows = json.loads((data / "alpaca_en_demo.json").read_text())
+    rng.shuffle(rows)
+    held_out, kept, rest = _cut(rows, sizes.held_out, sizes.instructions)
+    write_rows(world / "instruction.jsonl", kept)
+    write_rows(world / "instruction-held-out.jsonl", held_out)
+    with gzip.open(data / "hh_rlhf_harmless_base_test.jsonl.gz", "rt") as lines:
+        pairs = [json.loads(line) for line in lines]
+    rng.shuffle(pairs)
+    held_out, kept, _ = _cut(pairs, sizes.held_out, sizes.pairs)
+    write_rows(world / "preference.jsonl", kept)
+    write_rows(world / "preference-held-out.jsonl", held_out)
+    texts = [" ".join(row[key] for key in ("instruction", "input", "output")).replace("\n", " ") for row in rest]
+    articles = (data / "wiki_demo.txt").read_text().splitlines()
+    (world / "documents.txt").write_text("\n".join(articles[: sizes.instructions] + texts[: sizes.instructions]))
+    _pretrain(data, world, seed, sizes)
+    return world
+
+
+def _cut(rows: list[Any], *counts: int) -> list[list[Any]]:
+    rest = iter(rows)
+    return [*(list(islice(rest, count)) for count in counts), list(rest)]
+
+
+def _pretrain(data: Path, world: Path, seed: int, sizes: Sizes) -> None:
+    start = world / "start"
+    start.mkdir(exist_ok=True)
+    shutil.copy(data / "llama2_tokenizer.model", start / "tokenizer.model")
+    LlamaTokenizer.from_pretrained(start, add_bos_token=True).save_pretrained(start)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=sizes.width,
+        intermediate_size=8 * sizes.width // 3,
+        num_hidden_layers=4,
+        num_attention_heads=sizes.width // 32,
+        num_key_value_heads=sizes.width // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(start)
+    settings = {
+        "model.policy.model_name_or_path": start,
+        "model.epochs": sizes.pretraining_epochs,
+        "model.optimizer.lr": 1e-3,
+        "data.instruction.path": world / "documents.txt",
+        "data.batch_size": 16,
+        "data.max_length": 128,
+        "trainer.accumulate_grad_batches": 1,
+    }
+    fit([HERE / "pretraining.yaml"], world / "pretraining", seed, settings)
+    (world / "pretraining" / "model").rename(world / "base")
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, and read what came of it; kept in ``result.json``, which is read where it is there already."""
+    kept = job.folder / "result.json"
+    if not kept.exists():
+        layers, options = SYSTEMS[job.system]
+        names = ("instruction", "preference")
+        settings = {
+            "model.policy.model_name_or_path": job.world / "base",
+            "model.policy.lora": '{"r": 16, "alpha": 32}',
+            **{f"data.{name}.path": job.world / f"{name}.jsonl" for name in names},
+            **{f"data.{name}.val_path": job.world / f"{name}-held-out.jsonl" for name in names},
+            "data.batch_size": 8,
+            "data.max_length": 192,
+            "data.truncation": "drop",
+            "data.invalid_rows": "drop",
+            "trainer.accumulate_grad_batches": 2,
+            "model.instruction.lr": INSTRUCTION_RATE,
+            "model.preference.lr": job.rate,
+        }
+        if job.system.startswith("joint"):
+            del settings["model.instruction.lr"], settings["model.preference.lr"]
+            settings["model.optimizer.lr"] = job.rate
+        fit(layers, job.folder, job.seed, settings | options)
+        kept.write_text(json.dumps({"system": job.system, "rate": job.rate, "seed": job.seed, **_read(job.folder)}))
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    result: dict[str, Any] = json.loads(kept.read_text())
+    return result
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Held-out figures at the end, those after the first instruction phase, and what preference phases did to instructions."""
+    switches = [json.loads(line) for line in (folder / "switches.jsonl").read_text().splitlines()]
+    names = ("val/instruction/loss", "val/preference/loss", "val/preference/accuracy")
+    return {
+        "steps": switches[-1]["step"],
+        "end": {name: switches[-1]["after"][name] for name in names},
+        "SFT": {name: switches[0]["after"][name] for name in names},
+        "forgetting": sum(row["change"][names[0]] for row in switches if row["objective"] == "preference"),
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation over seeds; differences are paired by seed with two stages at the same rate."""
+    groups: dict[tuple[float, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for one in results:
+        groups[one["rate"], one["system"]].append(one)
+    lines = [
+        "| rate | system | instruction loss | to two stages | forgetting | pair accuracy | to two stages | pair loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    starts = groups[RATES[0], BASELINE]
+    lines.append(
+        f"| – | SFT | {_spread(_all(starts, 'SFT', 'instruction/loss'))} | | | "
+        f"{_spread(_all(starts, 'SFT', 'preference/accuracy'))} | | {_spread(_all(starts, 'SFT', 'preference/loss'))} |"
+    )
+    for (rate, system), own in groups.items():
+        cells = [f"{rate:g}", system]
+        for name in ("instruction/loss", "preference/accuracy"):
+            values, baseline = (_all(some, "end", name) for some in (own, groups[rate, BASELINE]))
+            paired = [one - other for one, other in zip(values, baseline, strict=True)]
+            cells += [_spread(values), "" if system == BASELINE or len(paired) < 2 else interval(paired)]
+            if name == "instruction/loss":
+                cells.append("" if system.startswith("joint") else _spread([one["forgetting"] for one in own]))
+        lines.append(f"| {' | '.join([*cells, _spread(_all(own, 'end', 'preference/loss'))])} |")
+    return "\n".join(lines)
+
+
+def _all(results: Sequence[Mapping[str, Any]], when: str, name: str) -> list[float]:
+    return [one[when][f"val/{name}"] for one in sorted(results, key=lambda one: one["seed"])]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/real_text"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="two systems on a tiny model, which learn nothing")
+    given = parser.parse_args()
+    seeds, sizes = ((1,), SMOKE) if given.smoke else (range(1, given.seeds + 1), Sizes())
+    rates, systems = (RATES[:1], (BASELINE, "Hbat-DPO, drift")) if given.smoke else (RATES, tuple(SYSTEMS))
+    workers = Workers(given.workers)
+    jobs = [(given.data, given.output / "worlds", seed, sizes) for seed in seeds]
+    worlds = workers.all("language", make_world, jobs)
+    results = workers.all(
+        "systems",
+        run,
+        [
+            Job(system, rate, seed, world, given.output / "runs" / system.replace(", ", "/") / f"{rate:g}-{seed}")
+            for rate in rates
+            for system in systems
+            for seed, world in zip(seeds, worlds, strict=True)
+        ],
+    )
+    (given.output / "table.md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
