@@ -109,6 +109,7 @@ class Policy(nn.Module):
         self._layer_dropouts: dict[nn.Module, dict[str, float]] = {}
         self._frozen_scorers: dict[str, CausalScorer] = {}
         self._further: list[str] = []
+        self._parameters_of: dict[str, dict[str, nn.Parameter]] = {}
         self._size = 0
         self._kept: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -143,6 +144,7 @@ class Policy(nn.Module):
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Make a loaded base one's own: attach the adapter, or let every parameter train."""
+        self._parameters_of = {}
         self._size = _element_count(model)
         if self.lora is None:
             self.model = model
@@ -207,6 +209,7 @@ class Policy(nn.Module):
         if name not in self._further:
             add_adapter(cast(PeftModel, self._model), name, lora, folder)
             self._further.append(name)
+            self._parameters_of.pop(name, None)
 
     def _snapshot_name(self, reference: Reference) -> str | None:
         """Which snapshot serves a reference; ``None`` where the bare base does."""
@@ -248,11 +251,14 @@ class Policy(nn.Module):
         return self._trained(TRAINED)
 
     def _trained(self, adapter: str) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and (self.lora is None or f".{adapter}." in name)
-        }
+        """Found once: every step asks, and a walk through all modules of a large model takes milliseconds."""
+        if adapter not in self._parameters_of:
+            self._parameters_of[adapter] = {
+                name: parameter
+                for name, parameter in self._model.named_parameters()
+                if self.lora is None or f".{adapter}." in name
+            }
+        return {name: parameter for name, parameter in self._parameters_of[adapter].items() if parameter.requires_grad}
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of a further adapter that train, by their name in the model."""

@@ -298,6 +298,24 @@ def test_snapshots_are_taken_when_asked_and_hold_what_trains_elsewhere_frozen(ma
     assert same_bits(snapshot, {name: p.detach() for name, p in trained.items()})
 
 
+@pytest.mark.parametrize("lora", [LoraSettings(r=4), None])
+def test_what_trains_is_found_without_a_walk_in_every_step(lora: Any, make_policy: Any, monkeypatch: Any) -> None:
+    """And what is frozen meanwhile, or comes as a further adapter, is seen."""
+    policy = built(make_policy(lora=lora))
+    before = policy.trained_parameters()
+    assert before == {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    monkeypatch.setattr(policy.model, "named_parameters", None)
+    assert policy.trained_parameters() == before
+    name, parameter = next(iter(before.items()))
+    parameter.requires_grad_(False)
+    assert policy.trained_parameters().keys() == before.keys() - {name}
+    monkeypatch.undo()
+    if lora is not None:
+        assert policy.adapter_parameters("value") == {}
+        policy.add_adapter("value", LoraSettings(r=2))
+        assert {p.shape[0] for n, p in policy.adapter_parameters("value").items() if ".lora_A." in n} == {2}
+
+
 # ---- generation and export ---------------------------------------------------------------------------------------------
 
 
