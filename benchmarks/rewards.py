@@ -31,9 +31,8 @@ from tqdm import tqdm
 from hbat_lightning import GenerationSettings, Policy
 from hbat_lightning.cli import main as hbat
 from hbat_lightning.data import conflict_task
-from hbat_lightning.data.module import pad_id
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
-from hbat_lightning.data.sets import pad_left
+from hbat_lightning.data.sets import pad_id, pad_left
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OBJECTIVES = {"ppo": 1, "esrl": 2, "reinforce": 1, "rloo": 4, "grpo": 4, "raft": 4}  # with completions per prompt

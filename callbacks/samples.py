@@ -15,8 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.completions import Completed
-from hbat_lightning.data.module import pad_id
-from hbat_lightning.data.sets import Prompt, PromptLoader
+from hbat_lightning.data.sets import Prompt, PromptLoader, pad_id
 from hbat_lightning.errors import UserError
 from hbat_lightning.files import append_text, replace_text
 from hbat_lightning.generation import GenerationSettings, completed

@@ -7,7 +7,8 @@ quiet.quieten_imports()
 # ruff: noqa: E402
 from hbat_lightning.adapters import LoraSettings
 from hbat_lightning.classifier import ClassifierPolicy
-from hbat_lightning.data.module import DataSource, HybridDataModule
+from hbat_lightning.data.module import HybridDataModule
+from hbat_lightning.data.source import DataSource
 from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.hybrid import HybridAlignmentModule
 from hbat_lightning.objectives import (

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,16 +19,14 @@ from torch import Tensor
 
 from hbat_lightning.between_steps import measure_progress, roll_out
 from hbat_lightning.checkpoint_state import adopt_state, own_parameters, trained_state
-from hbat_lightning.completions import Completed
-from hbat_lightning.data.module import HybridDataModule, pad_id
+from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.rollouts import RolloutSet
-from hbat_lightning.data.sets import PromptBatch
 from hbat_lightning.errors import UserError
-from hbat_lightning.generation import GenerationSettings, completed
+from hbat_lightning.evaluating import EvaluatingModule
+from hbat_lightning.generation import GenerationSettings
 from hbat_lightning.lr import Cosine, LRSchedule
-from hbat_lightning.metrics import CompletionMetric, Surroundings, standard_metrics
+from hbat_lightning.metrics import CompletionMetric
 from hbat_lightning.metrics_logger import MetricsLogger
-from hbat_lightning.objective import Objective
 from hbat_lightning.optimization import ParameterGroup, configure, put_in_force
 from hbat_lightning.optimizer_state import OptimizerStateKeeper
 from hbat_lightning.policy import Policy
@@ -46,7 +41,7 @@ from hbat_lightning.strategies import (
     stay_in_group_at_exit,
 )
 from hbat_lightning.stream import stable_seed
-from hbat_lightning.sums import Totals, WindowTotals, pooled_means
+from hbat_lightning.sums import WindowTotals
 from hbat_lightning.switches import PhaseCallback, PhaseKey
 from hbat_lightning.trainer_checks import check_trainer, next_validation, scaler_of
 from hbat_lightning.training_data import MicroBatch
@@ -54,7 +49,7 @@ from hbat_lightning.training_data import MicroBatch
 OptimizerState = Literal["reset", "shared", "per_objective"]
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(EvaluatingModule):
     """Trains a policy on one or several objectives, as a schedule says.
 
     Args:
@@ -79,34 +74,23 @@ class AlignmentModule(LightningModule):
         seed: int | None,
         metrics: Sequence[CompletionMetric] | None,
     ) -> None:
-        super().__init__()
+        super().__init__(generation, metrics)
         self.policy = cast(Policy, policy)  # None only inside a hybrid, where nobody asks; see require_policy()
         self.schedule, self.optimizer = schedule, optimizer
         self.lr_schedule = lr_schedule or Cosine()
-        self.generation = generation
         self.seed = seed
         self.strict_loading = False  # checkpoints hold what trains; adopt_state() compares the names
-        self.validation_results: dict[str, float] = {}
         self.optimizer_state = optimizer_state
         self._optimizer_states = OptimizerStateKeeper(optimizer_state)
         self._wants_snapshot = False
-        self._prepared: dict[str, str] = {}
         self._record: dict[str, Any] | None = None
         self._gone_on_from: Mapping[str, Any] | None = None
         self._phase: PhaseKey | None = None
         self._step_left_out = False
         self._mode: str | None = None  # the objective that the policy's dropout is set for
         self._window = WindowTotals()
-        self._held_out: dict[str, Totals] = {}
-        # No modules of this one: what they score with is no part of the run.
-        self.completion_metrics = list(standard_metrics() if metrics is None else metrics)
 
     # ---- what a run consists of -----------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def objectives(self) -> Mapping[str, Objective]:
-        """The objectives by name, in the order in which they are validated."""
 
     def require_policy(self) -> None:
         """Refuse to run without a policy.
@@ -217,27 +201,7 @@ class AlignmentModule(LightningModule):
         for line in (self.policy.describe() if fresh else []) + lines:
             rank_zero_info(line)
         if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING):
-            self._prepare_evaluation(device)
-
-    @torch.no_grad()
-    def _prepare_evaluation(self, device: torch.device) -> None:
-        """Let objectives see the held-out rows under the initial policy: no checkpoint has been restored yet.
-
-        Once per set of rows. Other rows, that come when the policy has trained already, are scored by what still stands
-        for the initial one: the bare base of a new adapter.
-        """
-        began = self._phase is not None
-        score = self.policy.score_initial if began else self.policy.score
-
-        self.policy.to(device)
-        self.policy.eval()
-        for loader in self.data.val_dataloader():
-            if self._prepared.get(loader.objective) == loader.digest:
-                continue
-            batches = (self.transfer_batch_to_device(batch, device, 0).inputs for batch in loader if batch.inputs)
-            with self.trainer.precision_plugin.forward_context():
-                self.objectives[loader.objective].prepare_evaluation(score, batches)
-            self._prepared[loader.objective] = loader.digest
+            self.show_held_out_rows(device, began=self._phase is not None)
 
     def configure_optimizers(self) -> Any:
         """The one optimizer, and a learning rate that is a function of the absolute step."""
@@ -331,74 +295,6 @@ class AlignmentModule(LightningModule):
         for metric in (cast(Any, self.trainer)._results or {}).values():
             if metric.meta.name.startswith(beginnings):
                 metric.reset()
-
-    # ---- evaluation -----------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Start new sums."""
-        self._held_out = {}
-
-    def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up one objective's held-out rows; a process that has run out of them has none."""
-        with self.ranks.together():
-            if batch.inputs:
-                totals = self._held_out.setdefault(batch.objective, Totals())
-                totals.add(self.objectives[batch.objective].evaluate(self.policy, batch.inputs))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all held-out rows of both objectives."""
-        shares = self.ranks.gather({objective: totals.plain() for objective, totals in self._held_out.items()})
-        self.validation_results = {
-            f"val/{objective}/{name}": value
-            for objective, means in pooled_means(shares).items()
-            for name, value in means.items()
-        }
-        self.log_dict(self.validation_results, batch_size=1)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Complete held-out prompts and compare with the data's answers."""
-        answers = self._complete_all(batch)
-        for metric in self.completion_metrics:
-            metric.add(answers)
-
-    def on_test_epoch_end(self) -> None:
-        """Log what the metrics say of all completions."""
-        for metric in self.completion_metrics:
-            self.log_dict({f"test/{name}": value for name, value in metric.compute().items()}, batch_size=1)
-            metric.reset()
-        self._tell()
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete prompts: this process's share, and gather the others'."""
-        return [answer.row() for answer in self._complete_all(batch)]
-
-    def on_predict_epoch_end(self) -> None:
-        """Say what scoring did."""
-        self._tell()
-
-    def _tell(self) -> None:
-        for note in (note for metric in self.completion_metrics for note in metric.notes()):
-            rank_zero_info(note)
-
-    def _complete_all(self, batch: PromptBatch) -> list[Completed]:
-        """Completions with their scores, of all processes; each scores its own."""
-        with self.ranks.together():
-            own = self.complete(batch) if batch.prompts else []
-            surroundings = Surroundings(self.policy, self.device, Path(self.trainer.default_root_dir), self.ranks.rank)
-            for metric in self.completion_metrics:
-                metric.build(surroundings)
-                for answer, scores in zip(own, metric.score(own), strict=True):
-                    answer.scores |= scores
-        return [answer for answers in self.ranks.gather(own) for answer in answers]
-
-    def complete(self, batch: PromptBatch) -> list[Completed]:
-        """Completions of a batch of prompts; see :func:`~hbat_lightning.generation.completed`."""
-        tokenizer = self.policy.tokenizer
-        stop = self.data.encoder(self.data.prompt_source, tokenizer).stop_token_id
-        completions = self.policy.generate(
-            batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
-        )
-        return completed(batch, completions, tokenizer, stop)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from hbat_lightning.base_model import DType
 from hbat_lightning.callbacks import PolicyExport
 from hbat_lightning.checkpoint_state import adopt_state, require_identity
 from hbat_lightning.cli import HbatCLI, add_accept_changes, make_cli
-from hbat_lightning.data.module import pad_id
+from hbat_lightning.data.sets import pad_id
 from hbat_lightning.errors import UserError
 from hbat_lightning.generation import decoding
 from hbat_lightning.model_card import ADAPTER, MODEL, RECORD, Training, describe_method, read_record, write_card

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hbat_lightning.data.encoded import Encoded
+from hbat_lightning.data.encoded_rows import with_bar
 from hbat_lightning.data.fields import Row
 from hbat_lightning.data.kinds import RowKind
-from hbat_lightning.data.module import HybridDataModule, pad_id, with_bar
+from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.rows import ParsedFile, Rows
+from hbat_lightning.data.sets import pad_id
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError
 from hbat_lightning.findings import (

@@ -15,8 +15,7 @@ import torch
 from hbat_lightning import GenerationSettings, Policy
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.cli import make_cli
-from hbat_lightning.data.module import pad_id
-from hbat_lightning.data.sets import pad_left
+from hbat_lightning.data.sets import pad_id, pad_left
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

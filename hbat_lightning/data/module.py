@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
-from tqdm.auto import tqdm
 
+from hbat_lightning.data.encoded_rows import EncodedRows, with_hint
 from hbat_lightning.data.kinds import INSTRUCTIONS, PAIRS, RowKind
 from hbat_lightning.data.provenance import Change, RowPlaces, contents_digest, digest, tokenizer_identity
-from hbat_lightning.data.readers import WHOLE, HubSelection, is_on_hub, open_rows
+from hbat_lightning.data.readers import is_on_hub, open_rows
 from hbat_lightning.data.rows import ParsedFile, PartOfRows, Rows, parse_file
-from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader
+from hbat_lightning.data.sets import EvaluationLoader, Prompt, PromptLoader, pad_id
+from hbat_lightning.data.source import DataSource, Place
 from hbat_lightning.data.templates import Template, TextTemplate, resolve_template
 from hbat_lightning.data.tokenization import Encoder
 from hbat_lightning.errors import DataError, LengthError, UserError
@@ -31,84 +31,6 @@ if TYPE_CHECKING:
     from hbat_lightning.objective import Objective
 
 Truncation = Literal["error", "drop", "prompt_left", "completion_right"]
-
-
-class Place(NamedTuple):
-    """Where rows are: what :func:`~hbat_lightning.data.readers.open_rows` takes."""
-
-    path: str
-    split: str | None
-    limit: int | None
-    selection: HubSelection
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where the rows of one objective come from.
-
-    Attributes:
-        path: A file (.json, .jsonl, .csv, .tsv, .parquet, text ones also .gz), a folder or a hub id.
-        format: Name of the row format; recognised from the columns when not given.
-        template: Name of the prompt template for these rows; that of the data module when not given.
-        split: Split of a hub data set, or of a folder with several; ``train`` when not given.
-        subset: Subset (configuration) of the hub data set ``path``.
-        revision: Branch, tag or commit of it.
-        data_files: Pattern of files in it, or one per split, where the data set does not say itself which files are rows,
-            as in the hub's Parquet conversions, ``revision: refs/convert/parquet``.
-        val_path: Held-out rows, in the same format.
-        val_split: Split to hold out, of ``val_path`` or else of ``path`` itself; of hub data also a slice,
-            ``validation[:500]``.
-        val_fraction: Share of the rows to hold out when there is no ``val_path``; 0 holds out none.
-        test_path: Rows for ``test`` and ``predict``; the held-out rows when not given.
-        test_split: Split for them, likewise.
-        limit: Use only the first so many rows of ``path``.
-    """
-
-    path: str
-    format: str | None = None
-    template: str | None = None
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    data_files: str | dict[str, str] | None = None
-    val_path: str | None = None
-    val_fraction: float = 0.05
-    val_split: str | None = None
-    test_path: str | None = None
-    test_split: str | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Take ``null`` on the command line for what it says: jsonargparse 4.53 hands a nested one on as ``"None"``."""
-        for name in (field.name for field in fields(self)):
-            if getattr(self, name) == "None":
-                object.__setattr__(self, name, None)
-        for place, split in ((self.val_path, self.val_split), (self.test_path, self.test_split)):
-            if place == self.path and (split or "train") == (self.split or "train"):
-                raise UserError(
-                    f"{place}: held-out rows would be the training rows: give another val_split or test_split"
-                )
-
-    @property
-    def training(self) -> Place:
-        """Where the training rows are."""
-        return self._place(None, self.split, self.limit)
-
-    @property
-    def held_out(self) -> Place | None:
-        """Where the held-out rows are; ``None`` where a share of the training rows is held out."""
-        return self._place(self.val_path, self.val_split) if self.val_path or self.val_split else None
-
-    @property
-    def testing(self) -> Place | None:
-        """Where the rows for ``test`` and ``predict`` are; ``None`` where the held-out rows serve."""
-        return self._place(self.test_path, self.test_split) if self.test_path or self.test_split else None
-
-    def _place(self, other: str | None, split: str | None, limit: int | None = None) -> Place:
-        """A split of ``path``, or of another path, which has no part in what was chosen within ``path``."""
-        own = other is None or other == self.path
-        selection = HubSelection(self.subset, self.revision, self.data_files) if own else WHOLE
-        return Place(other or self.path, split, limit, selection)
 
 
 class HybridDataModule(LightningDataModule):
@@ -263,7 +185,8 @@ class HybridDataModule(LightningDataModule):
         encoder = self.encoder(name, tokenizer)
         train, held_out = self.split(name, seed)
         for rows, sets, what in ((train, self.train_sets, "training"), (held_out, self.val_sets, "held-out")):
-            kind, encoded = self.kinds[name], _EncodedRows(self, name, rows, encoder)
+            kind = self.kinds[name]
+            encoded = EncodedRows(rows, kind, encoder, name, self.is_fatal)
             collect = kind.collect if sets is self.train_sets else kind.held_out or kind.collect
             sets[name] = collect(encoded, self.source(name).path, pad_id(tokenizer))
             self._drop(name, encoded.faults)
@@ -335,7 +258,7 @@ class HybridDataModule(LightningDataModule):
         """Note rows that cannot be used; raise instead where they end the run."""
         for fault in faults[:1]:
             if self.is_fatal(fault):
-                raise _with_hint(faults)
+                raise with_hint(faults)
             self.notes.append(f"{name}: {len(faults):,} invalid rows of {fault.source} dropped, the first: {fault}")
 
     @property
@@ -386,58 +309,7 @@ class HybridDataModule(LightningDataModule):
         return [_prompt(encoder, row) for row in islice(self.split(name, seed)[1], count)]
 
 
-class _EncodedRows:
-    """Encodes rows as they are asked for, once.
-
-    Attributes:
-        count: How many have been encoded, and not dropped.
-        places: Where each row of the set comes from.
-        faults: What was wrong with others, where that does not end the run.
-    """
-
-    def __init__(self, data: HybridDataModule, name: str, rows: Rows, encoder: Encoder) -> None:
-        self._data, self._name, self._rows, self._encoder = data, name, rows, encoder
-        self.count, self.places = 0, RowPlaces()
-        self.faults: list[DataError] = []
-
-    def __iter__(self) -> Iterator[Any]:
-        kind = self._data.kinds[self._name]
-        for row in with_bar(self._rows, f"tokenising {self._name}"):
-            try:
-                encoded = kind.encode(self._encoder, row)
-            except DataError as fault:
-                if self._data.is_fatal(fault):
-                    raise _with_hint([fault]) from fault
-                self.faults.append(fault.with_traceback(None))
-            else:
-                if encoded is not None:
-                    self.count += 1
-                    for _ in range(kind.size(encoded)):
-                        self.places.append(row)
-                    yield encoded
-
-
 def _prompt(encoder: Encoder, row: Any) -> Prompt:
     text = "".join(segment.text for segment in encoder.template.segments(row.prompt))
     text = text.removeprefix(str(encoder.tokenizer.bos_token or ""))
     return Prompt(encoder.encode_prompt_of(row), text, row.answers[0] if row.answers else "")
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up rows; any would do, since masks go by length, so the vocabulary never grows for it."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-def with_bar(rows: Rows, what: str) -> Iterator[Any]:
-    """The rows, behind a progress bar where there are many."""
-    hidden = len(rows) < 5000 or rank_zero_only.rank > 0  # type: ignore[attr-defined]
-    return iter(tqdm(rows, desc=what, unit="row", leave=False, disable=hidden))
-
-
-def _with_hint(faults: list[DataError]) -> DataError:
-    first = faults[0]
-    if isinstance(first, LengthError):
-        return first
-    more = f" ({len(faults) - 1} more rows have faults)" if len(faults) > 1 else ""
-    hint = f"{first.remedy}, or set --data.init_args.invalid_rows drop".lstrip(", ")
-    return DataError(first.message + more, first.source, first.row, hint)

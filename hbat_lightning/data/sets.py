@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hbat_lightning.data.encoded import Encoded, EncodedPair
 from hbat_lightning.data.packed import PackedRows, pack_texts
@@ -16,6 +17,11 @@ from hbat_lightning.errors import DataError
 from hbat_lightning.ranks import ALONE, Ranks
 from hbat_lightning.scoring import IGNORE
 from hbat_lightning.training_data import MicroBatch, TrainingSet
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up rows; any would do, since masks go by length, so the vocabulary never grows for it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def pad_right(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
