@@ -11,23 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks.importance import ImportanceCallback
-from hbat_lightning.data.encoded import Encoded, EncodedPair
-from hbat_lightning.data.kinds import FEEDBACK, INSTRUCTIONS, PAIRS, TEXTS, RowKind
 from hbat_lightning.data.module import HybridDataModule
 from hbat_lightning.data.rollouts import collate_rollouts
 from hbat_lightning.errors import UserError
 from hbat_lightning.memory.allocation import AllocationTracker, Category, Moment, valueless
 from hbat_lightning.memory.architecture import build_base
+from hbat_lightning.memory.batches import batches, held_out_prompts, is_validated, longest_prompt
 from hbat_lightning.memory.optimizers import optimizer_step
 from hbat_lightning.memory.precision import chunks_of, lists_of
 from hbat_lightning.memory.rewards import own_weights, planned
@@ -119,9 +116,10 @@ class _Rehearsal:
         self.module, self.policy = settings.module, settings.module.policy
         self._awaited = 0
         self.keeper = OptimizerStateKeeper(self.module.optimizer_state)
-        self.batches = _batches(settings, settings.data.batch_size)
-        self.rows = _batches(settings, 1)
-        self.held_out = _batches(settings, settings.data.val_batch_size) | _held_out_prompts(settings)
+        self.batches = batches(settings.module, settings.data, settings.data.batch_size)
+        self.rows = batches(settings.module, settings.data, 1)
+        self.held_out = batches(settings.module, settings.data, settings.data.val_batch_size)
+        self.held_out |= held_out_prompts(settings.module, settings.data)
 
     def run(self, base: Any) -> None:
         """The moments in the order of a run."""
@@ -129,7 +127,7 @@ class _Rehearsal:
         objectives = self.module.objectives
         with self._moment("first figures"):
             for name, objective in objectives.items():
-                if _is_validated(self.settings.data, name):
+                if is_validated(self.settings.data, name):
                     self._first_figures(objective, name)
         self.optimizer = self._make_optimizer()
         for name, objective in objectives.items():
@@ -152,7 +150,7 @@ class _Rehearsal:
                 self._micro_batch(objective, name)
             with self._moment(f"{name}: optimizer step"):
                 self._optimizer_step()
-            if _is_validated(self.settings.data, name):
+            if is_validated(self.settings.data, name):
                 with self._moment(f"{name}: validation"):
                     self._validate(objective, name)
             following = self._after(name)
@@ -244,7 +242,9 @@ class _Rehearsal:
         if not isinstance(objective, RolloutModule):
             return
         self.policy.eval()
-        prompts = [_prompt(self.settings.data, objective, place) for place in range(self.settings.data.batch_size)]
+        prompts = [
+            longest_prompt(self.settings.data, objective, place) for place in range(self.settings.data.batch_size)
+        ]
         with self._precision():
             (groups,) = objective.roll_out(self.policy, [prompts], torch.device("cpu"))
         self.batches[name] = collate_rollouts([rollout for group in groups for rollout in group], 0)
@@ -304,59 +304,6 @@ class _Rehearsal:
     def _precision(self) -> Any:
         dtype = _AUTOCAST[self.settings.precision]
         return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-
-
-def _is_validated(data: HybridDataModule, name: str) -> bool:
-    source = data.source(name)
-    return source.held_out is not None or source.val_fraction > 0
-
-
-def _batches(settings: RunSettings, size: int) -> dict[str, dict[str, Tensor]]:
-    """A micro-batch of every objective with rows of data, of the greatest length; padded where it has more than one row."""
-    longest = settings.data.max_length
-    full, short = _row(longest), _row(longest - 1)
-    rows = [short if number % 2 else full for number in range(max(2, size))]
-    made: dict[RowKind, list[Any]] = {
-        INSTRUCTIONS: rows,
-        TEXTS: [[row] for row in rows],
-        PAIRS: [EncodedPair(full, short)] * size,
-        FEEDBACK: [(row, True) for row in rows],
-    }
-    objectives = {n: one for n, one in settings.module.objectives.items() if not isinstance(one, RolloutModule)}
-    unknown = [name for name, objective in objectives.items() if objective.rows not in made]
-    if unknown:
-        raise UserError(
-            f"the {unknown[0]} objective has rows of a kind of its own, which cannot be planned: use hbat fit"
-        )
-    return {name: one.rows.collect(made[one.rows], "", 0).collate(range(size)) for name, one in objectives.items()}
-
-
-def _held_out_prompts(settings: RunSettings) -> dict[str, dict[str, Tensor]]:
-    """The longest prompts that there can be, as many as are completed at once."""
-    sizes = {
-        name: (settings.data.val_batch_size, len(_prompt(settings.data, objective)))
-        for name, objective in settings.module.objectives.items()
-        if isinstance(objective, RolloutModule)
-    }
-    with unset_fake_temporarily():
-        ids = {name: torch.ones(size, dtype=torch.long) for name, size in sizes.items()}
-        return {name: {"input_ids": one, "attention_mask": torch.ones_like(one)} for name, one in ids.items()}
-
-
-def _prompt(data: HybridDataModule, objective: RolloutModule, number: int = 0) -> list[int]:
-    """Prompt and completion together have the greatest length. Every number has its own: equal ones would share a pass."""
-    room = data.max_length - objective.sampling.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"sampling.max_new_tokens is {objective.sampling.max_new_tokens} and data.max_length {data.max_length}: there is "
-            "no room for a prompt; give a greater data.max_length"
-        )
-    return [number + 2] + [1] * (room - 1)
-
-
-def _row(length: int) -> Encoded:
-    """A row that is learnt whole, but for its first token."""
-    return Encoded(np.zeros(length, dtype=np.int64), np.arange(length) > 0, 1)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
