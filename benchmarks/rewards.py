@@ -182,7 +182,7 @@ def _about(seeds: int) -> str:
         "over seeds. All begin at the same SFT policy of their seed, learn at one learning rate, "
         f"{LEARNING['model.optimizer.lr']}, that was not tuned, and see as many\n"
         "prompts; objectives with several samples of each make more steps. The divergence is in nats per completion.\n"
-        "With five seeds a rise of 2.7 spreads is 6 standard errors.\n\n"
+        "With five seeds a rise of n spreads is 2.2 n standard errors.\n\n"
     )
 
 

@@ -18,10 +18,14 @@ STUDY = ROOT / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
 
 import report  # noqa: E402
+import runs  # noqa: E402
+import scores  # noqa: E402
+import study  # noqa: E402
 import task  # noqa: E402
 from fits import CONFIGS  # noqa: E402
 from methods import draws, read_methods  # noqa: E402
 from runs import Trial, _arguments  # noqa: E402
+from world import SMOKE  # noqa: E402
 
 METHODS = read_methods()
 FACTS = task.Facts("n1", "i2", "p3", "q4", "a5")
@@ -73,14 +77,15 @@ def test_every_method_is_a_configuration(name: str, tmp_path: Path, capsys: pyte
 
 def test_methods_differ_in_what_they_are_and_not_in_their_draws() -> None:
     """The same pairs of rate and β, all different; every value of a range as often as any other; Fisher pulls of its own."""
-    tried = {name: draws(METHODS[name], 6) for name in METHODS}
+    tried = {name: draws(METHODS[name], 9) for name in METHODS}
     pairs = [(one["model.preference.lr"], one["model.preference.beta"]) for one in tried["two-stage DPO"]]
-    assert len(set(pairs)) == 6
+    assert len(set(pairs)) == 9
     strength = "trainer.callbacks.strength"
     for name in ("two-stage DPO, EWC, drift", "Hbat-DPO, none", "Hbat-DPO, Fisher", "two-stage RPO", "Hbat-Freeze"):
         assert [(one["model.preference.lr"], one["model.preference.beta"]) for one in tried[name]] == pairs
         for key, values in METHODS[name].ranges.items():
-            assert len({[one[key] for one in tried[name]].count(value) for value in values}) == 1
+            counts = [[one[key] for one in tried[name]].count(value) for value in values]
+            assert max(counts) - min(counts) <= 1
     assert all(strength not in one for one in tried["Hbat-DPO, none"])
     pulls, fishers = ([one[strength] for one in tried[f"Hbat-DPO, {form}"]] for form in ("drift", "Fisher"))
     assert fishers == [25 * pull for pull in pulls]
@@ -103,6 +108,41 @@ def test_verdicts_follow_from_intervals() -> None:
     assert lines[2].endswith("| yes |")
     assert report.claims(base + results("Hbat-DPO, none", [0.95, 0.75, 0.74]), golds).endswith("| not shown |")
     assert report.claims(base + results("Hbat-DPO, none", [0.85, 0.74, 0.66]), golds).endswith("| no: the reverse |")
+
+
+def test_the_best_third_of_one_world_is_tried_in_the_other(tmp_path: Path) -> None:
+    """Nine draws: three go on, and the choice is among these, by the mean."""
+    method = METHODS["two-stage DPO"]
+    plan = study.Plan(tmp_path, SMOKE, (1, 2), (11,), 9)
+    exact = {1: [0.1, 0.9, 0.2, 0.3, 0.8, 0.0, 0.7, 0.4, 0.5], 2: {1: 0.1, 4: 0.5, 6: 0.55}}
+    order = draws(method, 9)
+
+    class Made:
+        def all(self, what: str, work: Any, each: list[Trial]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "chosen": dict(one.chosen),
+                    "seed": one.seed,
+                    "exact": exact[one.seed][order.index(one.chosen)],
+                    "gold": 4.0,
+                }
+                | {"method": one.method.name}
+                for one in each
+            ]
+
+    results = study._tuned(plan, [method], Made(), {1: 4.0, 2: 4.0})
+    assert [order.index(one["chosen"]) for one in results if one["seed"] == 2] == [1, 4, 6]
+    assert scores.best(results, {1: 4.0, 2: 4.0}) == order[4]  # .65, and .625 and .5
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(METHODS["two-stage DPO"], {"a": 1}, tmp_path, "test", tmp_path, 1, tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({"chosen": {"a": 1}}))
+    monkeypatch.setattr(runs, "fit", None)
+    assert runs.run(trial) == {"chosen": {"a": 1}}
+    (tmp_path / "result.json").write_text(json.dumps({"chosen": {"a": 2}}))
+    with pytest.raises(TypeError):  # it would train
+        runs.run(trial)
 
 
 def test_a_front_has_what_nothing_else_beats() -> None:
@@ -132,8 +172,8 @@ def test_all_stages_in_tiny_worlds_and_again_without_doing_anything_twice(tmp_pa
     again = [str(elsewhere) if part == str(tmp_path) else part for part in command]
     subprocess.run([*again, "--known", str(tmp_path / "kept.jsonl")], check=True, capture_output=True)
     assert (elsewhere / "tables.md").read_text() == tables.replace(str(tmp_path), str(elsewhere))
-    runs = elsewhere / "runs"
-    trained = {path.parent.relative_to(runs).as_posix() for path in runs.rglob("switches.jsonl")}
+    made = elsewhere / "runs"
+    trained = {path.parent.relative_to(made).as_posix() for path in made.rglob("switches.jsonl")}
     assert trained == {
         "sft/chosen-1",
         "sft/chosen-11",

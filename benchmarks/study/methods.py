@@ -49,7 +49,7 @@ def draws(method: Method, count: int) -> list[dict[str, Any]]:
 def _spread(name: str, values: list[Any], others: list[list[Any]]) -> list[Any]:
     """The values in an order in which each value of the other ranges meets as many different ones as can be."""
     rng = random.Random(f"order of {name}")
-    orders = [rng.sample(values, len(values)) for _ in range(200)]
+    orders = [rng.sample(values, len(values)) for _ in range(5000)]
     return max(orders, key=lambda order: sum(len(set(zip(column, order, strict=True))) for column in others))
 
 

@@ -137,31 +137,23 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]) -> None:
-    """Every draw of every method, mean over tuning seeds, and each method's front: exact match against the share of gold.
+    """Every draw of every method in the first tuning world, and each method's front: exact match against the share of gold.
 
     Args:
         path: The picture.
         tuning: Results of the draws.
         golds: Gold of the SFT policy, by seed.
     """
-    methods: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    methods: dict[str, list[Result]] = defaultdict(list)
     for one in tuning:
-        methods[one["method"]][json.dumps(one["chosen"])].append(one)
+        if one["seed"] == tuning[0]["seed"]:
+            methods[one["method"]].append(one)
     columns = 4
     height = max(1, math.ceil(len(methods) / columns))
     figure = Figure(figsize=(4 * columns, 3 * height), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat
-    everything: list[tuple[float, float]] = []
-    clouds = {}
-    for name, draws in methods.items():
-        clouds[name] = [
-            (
-                statistics.mean(one["exact"] for one in own),
-                statistics.mean(score(one, golds) - one["exact"] for one in own),
-            )
-            for own in draws.values()
-        ]
-        everything += clouds[name]
+    clouds = {name: [(one["exact"], score(one, golds) - one["exact"]) for one in own] for name, own in methods.items()}
+    everything = [point for points in clouds.values() for point in points]
     for axis, (name, points) in zip(axes, clouds.items(), strict=False):
         axis.plot(*zip(*front(everything), strict=True), color="0.8", linewidth=3, label="all methods")
         axis.scatter(*zip(*points, strict=True), s=14)

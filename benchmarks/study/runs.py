@@ -66,9 +66,9 @@ class Trial:
 
 
 def run(trial: Trial) -> dict[str, Any]:
-    """Train, and judge the result; kept in ``result.json``, which is read where it is there already."""
+    """Train, and judge the result; kept in ``result.json``, which is read where it is there already of the same settings."""
     kept = trial.folder / "result.json"
-    if not kept.exists():
+    if not kept.exists() or json.loads(kept.read_text())["chosen"] != dict(trial.chosen):
         module = fit(*_arguments(trial))
         found = {
             "method": trial.method.name,

@@ -30,18 +30,22 @@ def score(run: Mapping[str, Any], golds: Mapping[int, float]) -> float:
     return float(run["exact"]) + (float(run["gold"]) - start) / (IDEAL - start)
 
 
+def merit(run: Mapping[str, Any], golds: Mapping[int, float] | None) -> float:
+    """What a run is chosen by: its score, or where gold of SFT is not known yet, exact match alone."""
+    return float(run["exact"]) if golds is None else score(run, golds)
+
+
 def best(runs: Sequence[Mapping[str, Any]], golds: Mapping[int, float] | None) -> dict[str, Any]:
-    """What was chosen in the runs with the highest mean score.
+    """What was chosen in the runs with the highest mean merit, among what was run in the most worlds.
 
     Args:
         runs: Of one method.
-        golds: As for :func:`score`; ``None`` goes by exact match alone.
+        golds: As for :func:`merit`.
     """
     tried: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for one in runs:
         tried[repr(one["chosen"])].append(one)
 
-    def mean(some: list[Mapping[str, Any]]) -> float:
-        return statistics.mean(one["exact"] if golds is None else score(one, golds) for one in some)
-
-    return dict(max(tried.values(), key=mean)[0]["chosen"])
+    worlds = max(len(some) for some in tried.values())
+    whole = [some for some in tried.values() if len(some) == worlds]
+    return dict(max(whole, key=lambda some: statistics.mean(merit(one, golds) for one in some))[0]["chosen"])

@@ -5,17 +5,19 @@
     python benchmarks/study/study.py --tldr-share 0.1 --output runs/study-gentle --methods "two-stage DPO" "Hbat-DPO, none"
 
 Stages: worlds are made; SFT is tuned; every other method is tuned, by as many draws from its ranges, on the validation
-prompts of the tuning worlds; then each method's best draw is run on the worlds of the final seeds and judged on their test
-prompts; and variants of some are run in the same way. What would count as the paper's claim holding is written in README.md
-beside this file, before the final runs.
+prompts of the first tuning world, the best third of them on the other one too; then each method's best draw is run on the
+worlds of the final seeds and judged on their test prompts; and variants of some are run in the same way. What would count as
+the paper's claim holding is written in README.md beside this file, before the final runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from kept import bring_back, keep
 from methods import draws, read_methods
 from report import report
 from runs import Method, Trial, run
-from scores import best, starting_gold
+from scores import best, merit, starting_gold
 from workers import Workers
 from world import SMOKE, Sizes, make_world
 
@@ -62,12 +64,12 @@ class Plan:
         """Folder of a world."""
         return self.output / "worlds" / f"world-{seed}"
 
-    def trial(self, method: Method, chosen: Mapping[str, Any], seed: int, name: str, **more: Any) -> Trial:
+    def trial(self, method: Method, chosen: Mapping[str, Any], seed: int, name: str, full: bool = False) -> Trial:
         """A run in the folder of this name."""
         split = "validation" if seed in self.tuning else "test"
         start = self.output / "runs" / SFT / f"chosen-{seed}" / "adapter"
         folder = self.output / "runs" / method.name.replace(", ", "/") / f"{name}-{seed}"
-        return Trial(method, chosen, self.world(seed), split, folder, seed, start, **more)
+        return Trial(method, chosen, self.world(seed), split, folder, seed, start, full)
 
 
 def carry_out(
@@ -80,17 +82,11 @@ def carry_out(
     """
     seeds = [*plan.tuning, *plan.final]
     workers.all("worlds", make_world, [(plan.output / "worlds", seed, plan.sizes) for seed in seeds])
-    chosen = {SFT: _tuned(plan, methods[SFT], workers)}
+    chosen = {SFT: best(_tuned(plan, [methods[SFT]], workers, None), None)}
     starts = workers.all("SFT", run, [plan.trial(methods[SFT], chosen[SFT], seed, "chosen") for seed in seeds])
     golds = starting_gold(starts)
     others = [method for name, method in methods.items() if name != SFT]
-    tried = [
-        plan.trial(method, draw, seed, f"draw-{number}")
-        for method in others
-        for number, draw in enumerate(draws(method, plan.draws))
-        for seed in plan.tuning
-    ]
-    results = workers.all("tuning", run, tried)
+    results = _tuned(plan, others, workers, golds)
     for method in others:
         chosen[method.name] = best([one for one in results if one["method"] == method.name], golds)
     final = [
@@ -103,14 +99,25 @@ def carry_out(
         yield done + _variants(plan, methods, chosen, workers, golds)
 
 
-def _tuned(plan: Plan, method: Method, workers: Workers, full: bool = False) -> dict[str, Any]:
-    """The best draw; of SFT, that with the most exact answers: it has no gold to compare with but its own."""
-    tried = [
-        plan.trial(method, draw, seed, f"{'full-' if full else ''}draw-{number}", full=full)
+def _tuned(
+    plan: Plan, methods: Sequence[Method], workers: Workers, golds: Mapping[int, float] | None, full: bool = False
+) -> list[dict[str, Any]]:
+    """Results of all draws in the first tuning world, and of each method's best third in the others."""
+    first, *further = plan.tuning
+    name = "full-draw" if full else "draw"
+    tried = {
+        (method.name, number): partial(plan.trial, method, draw, name=f"{name}-{number}", full=full)
+        for method in methods
         for number, draw in enumerate(draws(method, plan.draws))
-        for seed in plan.tuning
-    ]
-    return best(workers.all(f"tuning {method.name}", run, tried), None)
+    }
+    what = "tuning of all parameters" if full else "tuning"
+    screened = workers.all(f"{what}, world {first}", run, [trial(seed=first) for trial in tried.values()])
+    kept = []
+    for method in methods:
+        own = [one for one in zip(tried, screened, strict=True) if one[0][0] == method.name]
+        own.sort(key=lambda one: -merit(one[1], golds))
+        kept += [tried[place] for place, _ in own[: math.ceil(len(own) / 3)]]
+    return screened + workers.all(what, run, [trial(seed=seed) for seed in further for trial in kept])
 
 
 def _variants(
@@ -133,15 +140,9 @@ def _variants(
             trials = [plan.trial(methods[name], settings, seed, f"state-{state}") for seed in plan.final]
             found += [{"stage": "optimizer state", **one} for one in workers.all(f"{name}, {state}", run, trials)]
     for name in (one for one in FULL if one in methods):
-        method = methods[name]
-        method = replace(method, ranges={**method.ranges, **_gentler(method)})
-        tried = [
-            plan.trial(method, draw, seed, f"full-draw-{number}", full=True)
-            for number, draw in enumerate(draws(method, plan.draws))
-            for seed in plan.tuning
-        ]
-        results = workers.all(f"tuning {name}, full", run, tried)
-        settings = best(results, None if name == SFT else golds)
+        method = replace(methods[name], ranges={**methods[name].ranges, **_gentler(methods[name])})
+        known = None if name == SFT else golds
+        settings = best(_tuned(plan, [method], workers, known, full=True), known)
         trials = [plan.trial(method, settings, seed, "full", full=True) for seed in plan.final]
         found += [{"stage": "full", **one} for one in workers.all(f"{name}, full", run, trials)]
     return found
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone, and sft")
     parser.add_argument("--seeds", type=int, default=5, help="final seeds")
-    parser.add_argument("--draws", type=int, default=6, help="tried of each method, on two tuning seeds")
+    parser.add_argument("--draws", type=int, default=9, help="tried of each method")
     parser.add_argument(
         "--tldr-share", type=float, default=1 / 3, help="of instruction rows that pull against preferences"
     )

@@ -185,7 +185,7 @@ def _exact(rng: random.Random) -> dict[str, Any]:
 
 def _tldr(rng: random.Random) -> dict[str, Any]:
     facts = task.draw_facts(rng)
-    return {"prompt": task.write_prompt(rng, facts, task.TLDR), "completion": facts.as_peoplewrite_rows(rng)}
+    return {"prompt": task.write_prompt(rng, facts, task.TLDR), "completion": facts.as_people_write(rng)}
 
 
 def _instruction(rng: random.Random, tldr_share: float) -> dict[str, Any]:
