@@ -185,7 +185,7 @@ class Policy(nn.Module):
             for name, tensors in self._snapshots.items()
         }
         return [
-            f"reference: {name} is {form}, {size / 2**20:,.1f} MiB"
+            f"snapshot: {name} is {form}, {size / 2**20:,.1f} MiB"
             for name, size in sizes.items()
             if name not in before
         ]

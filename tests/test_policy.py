@@ -467,7 +467,7 @@ def test_a_description_counts_what_trains(make_policy: Any) -> None:
     assert told + costs == [
         f"policy: embedded://tiny-llama, LoRA r 4, {trained:,} of {base + trained:,} parameters train",
         "policy: 14 linear layers are nf4",
-        f"reference: phase_start is a frozen adapter, {4 * trained / 2**20:,.1f} MiB",
+        f"snapshot: phase_start is a frozen adapter, {4 * trained / 2**20:,.1f} MiB",
     ]
 
 
