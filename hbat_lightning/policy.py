@@ -185,9 +185,7 @@ class Policy(nn.Module):
             for name, tensors in self._snapshots.items()
         }
         return [
-            f"snapshot: {name} is {form}, {size / 2**20:,.1f} MiB"
-            for name, size in sizes.items()
-            if name not in before
+            f"snapshot: {name} is {form}, {size / 2**20:,.1f} MiB" for name, size in sizes.items() if name not in before
         ]
 
     def add_adapter(self, name: str, lora: LoraSettings, folder: str | None = None) -> None:
