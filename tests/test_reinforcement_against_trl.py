@@ -70,6 +70,7 @@ def rollouts_of(batch: dict[str, Any], policy: Policy) -> list[list[Rollout]]:
     ):
         one = Rollout(prompt[keep.bool()].tolist(), ids[mask.bool()].tolist())
         reward = float(FunctionReward(rule).score(policy, [one], CPU))
+        one.tokens["sampler_log_probs"] = torch.zeros(len(one.completion))  # only reported
         one.figures = {"reward": reward, "length": float(len(one.completion)), "stopped": 1.0}
         found.append(one)
     return [found[begin : begin + SAMPLES] for begin in range(0, len(found), SAMPLES)]

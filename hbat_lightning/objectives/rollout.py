@@ -147,26 +147,22 @@ class RolloutModule(ObjectiveModule):
 
     def _answer(self, policy: Policy, prompts: Prompts, device: torch.device, each: Each) -> list[list[list[Rollout]]]:
         """Rewarded completions of all prompts of a cycle, those of like lengths sampled together."""
-        order = LengthOrder(prompts)
-        return order.undo(self._answer_in_batches(policy, order.apply(prompts), device, each))
-
-    def _answer_in_batches(
-        self, policy: Policy, prompts: Prompts, device: torch.device, each: Each
-    ) -> list[list[list[Rollout]]]:
-        dynamic = self.dynamic_sampling
+        dynamic, order = self.dynamic_sampling, LengthOrder(prompts)
         first = self.samples if dynamic is None else dynamic.minimum
-        parts = each(lambda part: self._sample(policy, part, [first] * len(part), device), prompts)
+        alike = order.apply(prompts)
+        sampled = each(lambda part: self._sample(policy, part, [first] * len(part), device), alike)
+        parts = order.undo(sampled)
         if dynamic is None:
             return parts
-        known = list(
-            chain.from_iterable(each(lambda part: dynamic.capability.of(policy, part, self.sampling, device), parts))
-        )
+        capabilities = each(lambda part: dynamic.capability.of(policy, part, self.sampling, device), sampled)
+        known = list(chain.from_iterable(order.undo(capabilities)))
         further = iter([count - first for count in dynamic.counts(known, self.samples)])
-        work = [(part, list(islice(further, len(part)))) for part in prompts]
-        for part, more in zip(parts, each(lambda own: self._sample(policy, own[0], own[1], device), work), strict=True):
-            for completions, added in zip(part, more, strict=True):
-                completions += added
-        for completions, value in zip(chain.from_iterable(parts), known, strict=True):
+        counts = order.apply([list(islice(further, len(part))) for part in prompts])
+        work = list(zip(alike, counts, strict=True))
+        added = order.undo(each(lambda own: self._sample(policy, own[0], own[1], device), work))
+        completed = zip(chain.from_iterable(parts), chain.from_iterable(added), known, strict=True)
+        for completions, more, value in completed:
+            completions += more
             for rollout in completions:
                 rollout.figures["capability"] = value
         return parts
