@@ -89,8 +89,8 @@ def test_methods_differ_in_what_they_are_and_not_in_their_draws() -> None:
     assert all(strength not in one for one in tried["Hbat-DPO, none"])
     pulls, fishers = ([one[strength] for one in tried[f"Hbat-DPO, {form}"]] for form in ("drift", "Fisher"))
     assert fishers == [25 * pull for pull in pulls]
-    assert [one["model.schedule.rounds"] for one in tried["Hbat-DPO, none"]] == [
-        one["model.schedule.rounds"] for one in tried["Hbat-PPO, drift"]
+    assert [one["model.instruction.lr"] for one in tried["Hbat-DPO, none"]] == [
+        one["model.instruction.lr"] for one in tried["Hbat-PPO, drift"]
     ]
     assert len(tried["sft"]) == 4
 

@@ -56,10 +56,11 @@ def report(folder: Path, results: Sequence[Result]) -> None:
     (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
     golds = _golds(folder)
     parts = ["# Tables of the study", f"Worlds, seeds and settings: `{folder / 'results.jsonl'}`."]
+    final = [one for one in results if one["stage"] == "final"]
     for stage in ("final", "rounds", "optimizer state", "full"):
         own = [one for one in results if one["stage"] == stage]
         if own:
-            parts += [f"## {stage.capitalize()}", table(own, golds)]
+            parts += [f"## {stage.capitalize()}", table(own, own if stage == "full" else final, golds)]
         if stage == "final" and len({one["seed"] for one in own}) > 1:
             parts += ["## Claims", claims(own, golds)]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
@@ -67,17 +68,18 @@ def report(folder: Path, results: Sequence[Result]) -> None:
     print(*parts, sep="\n\n")
 
 
-def table(results: Sequence[Result], golds: Mapping[int, float]) -> str:
+def table(results: Sequence[Result], beside: Sequence[Result], golds: Mapping[int, float]) -> str:
     """Mean and standard deviation over seeds, and the paired difference in score to two-stage DPO with its 95 % interval.
 
     Args:
         results: Of one stage.
+        beside: Those in which two-stage DPO is.
         golds: Gold of the SFT policy, by seed.
     """
     rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for one in results:
         rows[one["method"], json.dumps(one["chosen"])].append(one)
-    baseline = {one["seed"]: score(one, golds) for one in results if one["method"] == BASELINE}
+    baseline = {one["seed"]: score(one, golds) for one in beside if one["method"] == BASELINE}
     lines = [
         "| method | exact | plain | ROUGE-L | gold | score | against two-stage DPO | steps | settings |",
         "| --- | --- | --- | --- | --- | --- | --- | ---: | --- |",

@@ -30,7 +30,7 @@ from workers import Workers
 from world import SMOKE, Sizes, make_world
 
 SFT = "sft"
-ROUNDS = ("two-stage DPO", "Hbat-DPO, none", "Hbat-DPO, drift", "Hbat-DPO, uniform")
+ROUNDS = ("Hbat-DPO, none", "Hbat-DPO, drift", "Hbat-DPO, uniform")
 STATES = ("Hbat-DPO, none", "Hbat-DPO, drift")
 FULL = (
     "sft",
@@ -129,16 +129,16 @@ def _variants(
 ) -> list[dict[str, Any]]:
     """Numbers of rounds, policies for the optimizer's state, and full fine-tuning."""
     found = []
-    for name in (one for one in ROUNDS if one in methods and one != "two-stage DPO"):
-        for rounds in (1, 2, 5, 10):
-            settings = dict(chosen[name]) | {"model.schedule.rounds": rounds}
-            trials = [plan.trial(methods[name], settings, seed, f"rounds-{rounds}") for seed in plan.final]
-            found += [{"stage": "rounds", **one} for one in workers.all(f"{name}, {rounds} rounds", run, trials)]
-    for name in (one for one in STATES if one in methods):
-        for state in ("reset", "shared", "per_objective"):
-            settings = dict(chosen[name]) | {"model.optimizer_state": state}
-            trials = [plan.trial(methods[name], settings, seed, f"state-{state}") for seed in plan.final]
-            found += [{"stage": "optimizer state", **one} for one in workers.all(f"{name}, {state}", run, trials)]
+    changes = [("rounds", name, "model.schedule.rounds", (1, 2, 5, 10)) for name in ROUNDS]
+    changes += [
+        ("optimizer state", name, "model.optimizer_state", ("reset", "shared", "per_objective")) for name in STATES
+    ]
+    for stage, name, key, values in changes:
+        for value in values if name in methods else ():
+            settings = dict(chosen[name]) | {key: value}
+            folder = "chosen" if settings == chosen[name] else f"{stage.split()[-1]}-{value}"
+            trials = [plan.trial(methods[name], settings, seed, folder) for seed in plan.final]
+            found += [{"stage": stage, **one} for one in workers.all(f"{name}, {value} {stage}", run, trials)]
     for name in (one for one in FULL if one in methods):
         method = replace(methods[name], ranges={**methods[name].ranges, **_gentler(methods[name])})
         known = None if name == SFT else golds
@@ -149,8 +149,8 @@ def _variants(
 
 
 def _gentler(method: Method) -> dict[str, list[Any]]:
-    """Rates for all parameters: a third of those of adapters."""
-    return {key: [value / 3 for value in values] for key, values in method.ranges.items() if key.endswith(".lr")}
+    """Rates for all parameters: a sixth of those of adapters."""
+    return {key: [value / 6 for value in values] for key, values in method.ranges.items() if key.endswith(".lr")}
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def main() -> None:
         given.methods = given.methods or ["two-stage DPO", "Hbat-DPO, drift"]
         plan = Plan(given.output, SMOKE, (1,), (11,), 1)
     else:
-        final = tuple(range(11, 11 + given.seeds))
+        final = tuple(range(21, 21 + given.seeds))
         plan = Plan(given.output, Sizes(tldr_share=given.tldr_share), (1, 2), final, given.draws)
     wanted = {SFT, *(given.methods or methods)}
     unknown = wanted - set(methods)
