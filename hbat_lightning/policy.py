@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -374,7 +374,13 @@ class Policy(nn.Module):
         name = self._snapshot_name(reference)
         if self.lora is None:
             return self._frozen_scorers[cast(str, name)](inputs, temperature=temperature)
-        with active_adapters(self._adapter_layers, [] if name is None else [name]):
+        return self.score_adapters(inputs, [] if name is None else [name], temperature)
+
+    def score_adapters(
+        self, inputs: dict[str, Tensor], adapters: Sequence[str], temperature: float = 1.0
+    ) -> TokenScores:
+        """The same under other adapters than the policy's; under none, the bare base."""
+        with active_adapters(self._adapter_layers, list(adapters)):
             return self._scorer(inputs, temperature=temperature)
 
     def score_initial(self, inputs: dict[str, Tensor]) -> TokenScores:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hbat_lightning.data import embedded
 from hbat_lightning.hub import CONVERTED
 from hbat_lightning.objectives.pairwise import PairwiseModule, ReferencePairwiseModule
 from hbat_lightning.schedules import Rounds
+from tests.published_rows import ROWS, small_data
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -57,82 +57,6 @@ def sources(name: str) -> dict[str, DataSource]:
     return {objective: source for objective, source in parsed(name).datamodule.sources.items() if source}
 
 
-# ---- rows as their publishers lay them out --------------------------------------------------------------------------
-
-
-def post(number: int) -> dict[str, Any]:
-    return {"id": f"t3_{number}", "subreddit": "r/tests", "title": f"title {number}", "post": f"a b c {number} d"}
-
-
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "tldr": lambda number: post(number) | {"summary": f"b {number}"},
-    "comparisons": lambda number: {
-        "info": post(number) | {"site": None, "article": None},
-        "summaries": [{"text": f" {answer} {number}", "policy": "sup", "note": None} for answer in "ab"],
-        "choice": number % 2,
-        "worker": "w",
-        "batch": "batch3",
-        "split": "train",
-        "extra": {"confidence": None},
-    },
-    "alpaca": lambda number: {
-        "instruction": f"do {number}",
-        "input": "x y" * (number % 2),
-        "output": f"done {number}",
-        "text": "all of it",
-    },
-    "alpaca_farm": lambda number: {
-        "instruction": f"do {number}",
-        "input": "x y" * (number % 2),
-        "output_1": f"a {number}",
-        "output_2": f"b {number}",
-        "preference": 1 + number % 2,
-        "raw_preference": 4,
-    },
-    "messages": lambda number: {
-        "prompt": f"hi {number}",
-        "prompt_id": str(number),
-        "messages": [
-            turn("user", f"hi {number}"),
-            turn("assistant", "yes"),
-            turn("user", "so"),
-            turn("assistant", "no"),
-        ],
-    },
-    "preference": lambda number: {
-        "prompt": f"hi {number}",
-        "prompt_id": str(number),
-        "chosen": [turn("user", f"hi {number}"), turn("assistant", f"a {number}")],
-        "rejected": [turn("user", f"hi {number}"), turn("assistant", f"b {number}")],
-        "messages": [turn("user", f"hi {number}"), turn("assistant", f"a {number}")],
-        "score_chosen": 7.0,
-        "score_rejected": 5.0,
-    },
-}
-
-
-def small_data(name: str, folder: Path) -> list[str]:
-    """Options for few rows: of the embedded task, or of the named format in the place of a hub id."""
-    options = []
-    # alone, an objective needs two windows for two steps; together, the second window shall be the other one's
-    count = 24 if len(sources(name)) == 1 else 20
-    for objective, source in sources(name).items():
-        key = f"--data.init_args.{objective}"
-        options += [f"{key}.limit", str(count), f"{key}.val_fraction", "0.25"]
-        if not embedded.is_embedded(source.path):
-            assert source.format, f"{name}: {objective} names no format"
-            path = folder / f"{objective}.parquet"
-            datasets.Dataset.from_list([ROWS[source.format](number) for number in range(count)]).to_parquet(str(path))
-            options += [f"{key}.path", str(path)]
-            for choice in ("split", "subset", "revision", "data_files", "val_split"):
-                options += [f"{key}.{choice}", "null"]
-    return options
-
-
 def tiny_model() -> list[str]:
     return ["--model.init_args.policy.init_args.model_name_or_path", embedded.TINY_LLAMA]
 
@@ -144,7 +68,7 @@ def tiny_model() -> list[str]:
 def test_two_steps(name: str, tmp_path: Path) -> None:
     """All as it stands but model, data, device and folder; of several passes over the instructions one is made."""
     run = tmp_path / "run"
-    options = [*layers(name), *tiny_model(), *small_data(name, tmp_path), *CPU]
+    options = [*layers(name), *tiny_model(), *small_data(sources(name), tmp_path), *CPU]
     if len(sources(name)) == 2 and isinstance(parsed(name).model.schedule, Rounds):
         options += ["--model.init_args.schedule.init_args.instruction_epochs", "1"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(run)]
@@ -169,7 +93,7 @@ def test_inspect_with_rows_of_ones_own(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["inspect", *layers(name), *tiny_model(), *small_data(name, tmp_path)])
+    main(["inspect", *layers(name), *tiny_model(), *small_data(sources(name), tmp_path)])
     told = capsys.readouterr().out
     for source in sources(name).values():
         assert str(source.format) in told

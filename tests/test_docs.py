@@ -164,6 +164,17 @@ def test_every_method_has_its_runs() -> None:
     assert {path.stem for path in METHODS} - {"README"} == set(RUNS)
 
 
+def test_columns_of_callbacks_are_those_that_are_logged(logged: Callable[[str, str], frozenset[str]]) -> None:
+    """Of the page on watching a run; the GPU's column apart, and those of single layers, which depend on the model."""
+    text = (ROOT / "docs" / "telemetry.md").read_text()
+    (command,) = commands_in(text)
+    found = logged(command, "--model.schedule.instruction_epochs 1 --model.schedule.rounds 2")
+    own = {name for name in found if name.startswith(("conflict/", "samples/", "resources/"))}
+    layers = {name for name in own if name.startswith("conflict/cosine/")}
+    assert layers
+    assert columns(text) - {"resources/peak_gib"} == own - layers
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_columns_are_those_that_are_logged(name: str, logged: Callable[[str, str], frozenset[str]]) -> None:
     runs, besides = RUNS[name]

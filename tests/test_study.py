@@ -135,6 +135,46 @@ def test_the_best_third_of_one_world_is_tried_in_the_other(tmp_path: Path) -> No
     assert scores.best(results, {1: 4.0, 2: 4.0}) == order[4]  # .65, and .625 and .5
 
 
+def test_variants_change_one_thing_each_and_make_no_run_twice(tmp_path: Path) -> None:
+    """Rounds, the optimizer's state, and every parameter: what is asked of whom, on which seeds, and in which folders."""
+    plan = study.Plan(tmp_path, SMOKE, (1,), (11, 12), 2)
+    chosen = {name: draws(METHODS[name], 1)[0] for name in (*study.ROUNDS, *study.FULL)}
+    asked: list[Trial] = []
+
+    class Made:
+        def all(self, what: str, work: Any, each: list[Trial]) -> list[dict[str, Any]]:
+            asked.extend(each)
+            return [
+                {"chosen": dict(one.chosen), "seed": one.seed, "exact": 0.5, "gold": 4.0, "method": one.method.name}
+                for one in each
+            ]
+
+    methods = {name: METHODS[name] for name in ("sft", "Hbat-DPO, drift", "two-stage DPO")}
+    found = study._variants(plan, methods, chosen, Made(), {1: 4.0, 11: 4.0, 12: 4.0})
+    stages = [(one["stage"], one["method"], one["seed"]) for one in found]
+    drift = "Hbat-DPO, drift"
+    assert stages[:14] == [
+        *[("rounds", drift, 11), ("rounds", drift, 12)] * 4,
+        *[("optimizer state", drift, 11), ("optimizer state", drift, 12)] * 3,
+    ]
+    assert stages[14:] == [("full", name, seed) for name in ("sft", "two-stage DPO", drift) for seed in (11, 12)]
+    rounds = [one for one in asked if one.method.name == drift and not one.full and one.seed == 11][:4]
+    assert [one.chosen["model.schedule.rounds"] for one in rounds] == [1, 2, 5, 10]
+    assert [one.folder.name for one in rounds] == ["rounds-1-11", "chosen-11", "rounds-5-11", "rounds-10-11"]
+    rate = "model.preference.lr"
+    for one in asked:
+        if one.full:
+            assert one.folder.name.startswith("full")
+            assert rate not in one.chosen or 6 * one.chosen[rate] in [
+                pytest.approx(value) for value in METHODS[drift].ranges[rate]
+            ]
+        else:
+            assert {**one.chosen, "model.schedule.rounds": 2} == {
+                **chosen[drift],
+                **{key: value for key, value in one.chosen.items() if "state" in key},
+            }
+
+
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(METHODS["two-stage DPO"], {"a": 1}, tmp_path, "test", tmp_path, 1, tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"chosen": {"a": 1}}))

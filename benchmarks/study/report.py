@@ -27,6 +27,7 @@ CLAIMS = {  # as README.md has them
         "two-stage DPO, EWC, drift",
         "two-stage DPO, EWC, uniform",
     ),
+    "importance is better than a uniform pull (alternation, PPO)": ("Hbat-PPO, drift", "Hbat-PPO, uniform"),
     "importance is better than a random one": ("Hbat-DPO, drift", "Hbat-DPO, random"),
     "modified EWC is better than original EWC": ("Hbat-DPO, drift", "Hbat-DPO, Fisher"),
     "the literal softmax differs from no EWC": ("Hbat-DPO, literal", "Hbat-DPO, none"),

@@ -30,6 +30,8 @@ from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SHORT = {INSTRUCTION: "instr.", PREFERENCE: "pref.", BOTH: "both"}
 _OTHER = {INSTRUCTION: PREFERENCE, PREFERENCE: INSTRUCTION}
+# What stands for reward in the picture of ROUGE against reward: the first that most runs have.
+HEIGHTS = ("reward", "reward_win_rate", "judge_win_rate", "val/preference/reward", "val/preference/accuracy")
 
 
 class _Section(NamedTuple):
@@ -99,7 +101,10 @@ def comparison_page(runs: Sequence[Run], figures: Sequence[Figure], confidence: 
 
 
 def _about_figures(runs: Sequence[Run], confidence: float) -> str:
-    shown = f"Intervals are of {confidence:.0%}, from a bootstrap over prompts. They know nothing of other seeds."
+    shown = (
+        f"Intervals are of {confidence:.0%}, from a bootstrap over prompts. They know nothing of other seeds. Figures of "
+        "held-out rows have none: a run keeps their means, not the rows'; hbat predict keeps answers."
+    )
     if len(runs) > 1:
         shown += f" Differences are to {runs[0].name}, prompt by prompt; bold are those whose interval is without 0."
     return shown
@@ -313,18 +318,24 @@ def _conflict(runs: Sequence[Run]) -> list[_Section]:
 
 def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     about = "Up and to the right is better. The dotted line joins the runs that no other beats in both."
-    rewards = ("reward", "reward_win_rate", "judge_win_rate")
-    vertical = next((name for name in rewards if sum(name in run.scores for run in runs) > 1), None)
-    points = []
-    for number, run in enumerate(runs):
-        across = _spread(run, "rougeL", confidence)
-        up = _spread(run, vertical, confidence) if vertical else _held_out_gain(run)
-        if across and up and all(map(math.isfinite, (*across, *up))):
-            points.append(Spot(run.name, f"run{number % 6}", across, up))
-    label = vertical or "held-out reward, or preference accuracy"
-    if not points:
+    heights = {name: [_height(run, name, confidence) for run in runs] for name in HEIGHTS}
+    across = [_spread(run, "rougeL", confidence) for run in runs]
+    spots = {
+        name: [
+            Spot(run.name, f"run{number % 6}", along, up)
+            for number, (run, along, up) in enumerate(zip(runs, across, ups, strict=True))
+            if along and up and all(map(math.isfinite, (*along, *up)))
+        ]
+        for name, ups in heights.items()
+    }
+    label = max(spots, key=lambda name: len(spots[name]))  # one figure for all, that as many as can be have
+    if not spots[label]:
         return _Section("pareto", "", "", "")
-    chart = scatter("ROUGE-L against reward", ("ROUGE-L", label), points)
+    shown = {spot.name for spot in spots[label]}
+    missing = [run.name for run in runs if run.name not in shown]
+    if missing:
+        about += f" Without ROUGE-L or {label}, and so not here: {', '.join(missing)}."
+    chart = scatter("ROUGE-L against reward", ("ROUGE-L", label), spots[label])
     content = f'<div class="panels"><figure><figcaption>{escape(label)} over ROUGE-L</figcaption>{chart}</figure></div>'
     return _Section("pareto", "ROUGE against reward", about, content)
 
@@ -334,9 +345,7 @@ def _spread(run: Run, name: str, confidence: float) -> Sequence[float] | None:
     return bootstrap(values, confidence)[:3] if values else None
 
 
-def _held_out_gain(run: Run) -> Sequence[float] | None:
-    for name in ("val/preference/reward", "val/preference/accuracy"):
-        points = run.held_out(name)
-        if points:
-            return (points[-1][1],) * 3
-    return None
+def _height(run: Run, name: str, confidence: float) -> Sequence[float] | None:
+    """With its interval where it is of answers; at the end of the run where it is of held-out rows."""
+    points = run.held_out(name) if name.startswith("val/") else []
+    return (points[-1][1],) * 3 if points else _spread(run, name, confidence)

@@ -83,7 +83,8 @@ def as_markdown(runs: Sequence[Run], figures: Sequence[Figure], confidence: floa
     table = "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
     return (
         f"{table}\n\nIntervals are of {confidence:.0%}, from a bootstrap over prompts, paired for differences; * marks those "
-        "without 0. They know nothing of other seeds.\n"
+        "without 0. They know nothing of other seeds. Figures of held-out rows have none: a run keeps their means, not the "
+        "rows'; hbat predict keeps answers.\n"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,43 @@ from hbat_lightning.metrics.opponents import Opponents, verdict
 from hbat_lightning.rewards import Reward
 
 PAD = 0  # masks go by length
+INITIAL = "kl_reference"  # name of the adapter of ReferenceKL
 
 
 class ReferenceKL(MeanScore):
-    r"""How far the policy has gone from its base: mean over completions of :math:`\log\pi(y|x) - \log\pi^{base}(y|x)`.
+    r"""How far the policy has gone from a reference: mean over completions of :math:`\log\pi(y|x) - \log\pi^{ref}(y|x)`.
 
     Summed over a completion's tokens, in nats. Of completions sampled at temperature 1 it is an unbiased estimate of the
-    divergence KL(π‖base) (k1); of greedy ones, the default of ``test``, it is their log-ratio, and mostly larger.
+    divergence KL(π‖π^ref) (k1); of greedy ones, the default of ``test``, it is their log-ratio, and mostly larger.
+
+    Args:
+        reference: ``base``, the model without the adapter; or ``initial``, what the run began with: the adapter of
+            ``adapter_path``, such as one that SFT has trained, and where there was none the base again.
+        kwargs: torchmetrics' own.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, reference: Literal["base", "initial"] = "base", **kwargs: Any) -> None:
         super().__init__(["kl"], **kwargs)
+        self.reference = reference
         self._place: Surroundings | None = None
 
     def build(self, surroundings: Surroundings) -> None:
-        """See :meth:`CompletionMetric.build`.
+        """See :meth:`CompletionMetric.build`; loads the reference's adapter.
 
         Raises:
             UserError: There is no base beside what trains.
         """
-        if surroundings.policy.lora is None:
+        policy = surroundings.policy
+        if policy.lora is None:
             raise UserError(
                 "ReferenceKL compares the policy with its base, and a full fine-tune has none beside it: leave it out of "
                 "model.init_args.metrics"
             )
         self._place = surroundings
+        self._adapters = []
+        if self.reference == "initial" and policy.adapter_path is not None:
+            policy.add_adapter(INITIAL, policy.lora, policy.adapter_path)
+            self._adapters = [INITIAL]
 
     @torch.no_grad()
     def score(self, answers: Sequence[Completed]) -> list[dict[str, float]]:
@@ -55,8 +67,8 @@ class ReferenceKL(MeanScore):
         place.policy.eval()
         rollouts = [Rollout(answer.prompt_ids, answer.completion_ids) for answer in answers]
         inputs = {name: value.to(place.device) for name, value in collate_rollouts(rollouts, PAD).items()}
-        ratios = place.policy.score(inputs).row_sums() - place.policy.score_reference(inputs, "base").row_sums()
-        return [{"kl": value} for value in ratios.tolist()]
+        reference = place.policy.score_adapters(inputs, self._adapters)
+        return [{"kl": value} for value in (place.policy.score(inputs).row_sums() - reference.row_sums()).tolist()]
 
 
 class RewardScore(MeanScore):

@@ -8,6 +8,10 @@ import pytest
 
 from hbat_lightning.comparison.charts import Frame, Line, Spot, frame_of, heat_map, line_chart, scatter
 from hbat_lightning.comparison.differences import marked
+from hbat_lightning.comparison.page import comparison_page
+from hbat_lightning.comparison.runs import Run
+from hbat_lightning.comparison.table import compare
+from hbat_lightning.completions import Completed
 
 
 def test_words_that_differ_are_marked() -> None:
@@ -67,3 +71,23 @@ def test_cells_are_as_dark_as_their_values() -> None:
     ]
     amounts = heat_map("t", ["a"], ["1", "2"], [[4.0, 1.0]], signed=False)
     assert re.findall(r'fill-opacity="([\d.]+)"', amounts) == ["1.000", "0.530"]
+
+
+def test_all_runs_in_the_picture_of_rouge_against_reward_have_the_same_figure() -> None:
+    """Two with a reward and one with an accuracy alone: the reward, and the third is named; with all accuracies, these."""
+
+    def run(name: str, accuracy: float | None, **scores: float) -> Run:
+        answers = {("p", 0): Completed("p", "c", "r", 1, True, scores={"rougeL": 0.5, **scores})}
+        metrics = [] if accuracy is None else [{"step": 1.0, "val/preference/accuracy": accuracy}]
+        return Run(name, metrics=metrics, answers=answers)
+
+    def shown(*runs: Run) -> str:
+        page = comparison_page(runs, compare(runs))
+        return page[page.index('<section id="pareto">') :]
+
+    mixed = shown(run("one", None, reward=1.0), run("two", None, reward=2.0), run("three", 0.7))
+    assert "<figcaption>reward over ROUGE-L</figcaption>" in mixed
+    assert "Without ROUGE-L or reward, and so not here: three." in mixed
+    alike = shown(run("one", 0.6, reward=1.0), run("two", 0.8), run("three", 0.7))
+    assert "<figcaption>val/preference/accuracy over ROUGE-L</figcaption>" in alike
+    assert "not here" not in alike

@@ -12,6 +12,7 @@ from transformers import BartForConditionalGeneration
 
 from hbat_lightning import GenerationSettings, SFTModule
 from hbat_lightning.completions import Completed
+from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.errors import UserError
 from hbat_lightning.metrics import (
     BARTScore,
@@ -101,6 +102,35 @@ def test_kl_is_the_log_ratio_of_policy_and_base(make_policy: Any, tmp_path: Path
     assert metric.compute()["kl"].item() == pytest.approx(sum(expected) / 2, rel=1e-3)
     with pytest.raises(UserError, match="has none beside it"):
         ReferenceKL().build(Surroundings(make_policy(lora=None), CPU, tmp_path))
+
+
+def test_kl_to_what_the_run_began_with(make_policy: Any, adapter: str, tmp_path: Path) -> None:
+    """A policy on the adapter of an earlier run: 0 until it trains, and not so to the base; without one the base again."""
+    policy = make_policy(adapter_path=adapter)
+    policy.build(CPU)
+
+    def kls(reference: Any) -> list[float]:
+        answers, metric = completed(policy), ReferenceKL(reference)
+        metric.build(Surroundings(policy, CPU, tmp_path))
+        metric.update(answers)
+        return [answer.scores["kl"] for answer in answers]
+
+    to_base = kls("base")
+    assert kls("initial") == [0.0, 0.0]
+    assert all(abs(value) > 1e-3 for value in to_base)
+    before = policy.score(
+        collate_rollouts([Rollout(one.prompt_ids, one.completion_ids) for one in completed(policy)], 0)
+    )
+    shake(policy.trained_parameters())
+    after = policy.score(
+        collate_rollouts([Rollout(one.prompt_ids, one.completion_ids) for one in completed(policy)], 0)
+    )
+    assert kls("initial") == pytest.approx((after.row_sums() - before.row_sums()).tolist(), rel=1e-4)
+    assert kls("base") == pytest.approx([one + two for one, two in zip(kls("initial"), to_base, strict=True)], rel=1e-4)
+    policy = make_policy()
+    policy.build(CPU)
+    shake(policy.trained_parameters())
+    assert kls("initial") == kls("base") != [0.0, 0.0]
 
 
 def test_reward_win_rate_counts_ties_half_and_takes_another_runs_answers(make_policy: Any, tmp_path: Path) -> None:
