@@ -10,6 +10,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tests.test_configs import layers
 from tests.tiny_models import Chat, byte_tokenizer, save_bart, serving
 
 CPU = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-OFTEN = {"instruction": "alpaca", "preference": "preference"}
+FILES = {"SFT.json": "alpaca", "PAIRS.json": "preference", "PAIRS.jsonl": "preference"}
 INPUTS = ("sft", "reward", "mine", "hbat_dpo", "two_stage_dpo")
 
 
@@ -40,7 +41,8 @@ COMMANDS = [command for command in sorted(set(commands())) if not _elsewhere(com
 
 def _short(arguments: list[str], folder: Path, steps: int = 2) -> list[str]:
     """A fit of few rows, on the embedded model where it names none that is there."""
-    sources = make_cli([*arguments[1:], *CPU], run=False).datamodule.sources
+    settings = [part for before, part in pairwise(arguments) if "--ckpt_path" not in (before, part)]
+    sources = make_cli([*settings, *CPU], run=False).datamodule.sources
     return [*arguments, *small_data(sources, folder), *CPU, "--trainer.max_steps", str(steps)]
 
 
@@ -48,10 +50,10 @@ def _short(arguments: list[str], folder: Path, steps: int = 2) -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs, files and models that commands name."""
     folder = tmp_path_factory.mktemp("commands")
-    for name, format_name in (("SFT.json", "alpaca"), ("PAIRS.jsonl", "preference")):
+    for name, format_name in FILES.items():
         rows = [ROWS[format_name](number) for number in range(40)]
-        text = json.dumps(rows) if name == "SFT.json" else "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / name).write_text(text)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(lines if name.endswith("l") else json.dumps(rows))
     save_bart(folder / "bart")
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -101,16 +103,16 @@ def _filled(arguments: list[str], judge: str) -> list[str]:
 def test_every_command_is_carried_out(
     command: str, place: Path, tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("configs", "SFT.json", "PAIRS.jsonl", "bart", "classifier"):
+    for name in ("configs", *FILES, "bart", "classifier"):
         (tmp_path / name).symlink_to(ROOT / name if name == "configs" else place / name)
     arguments = _filled(shlex.split(command)[1:], judge)
-    given = [
+    named = [
         part
         for before, part in zip(["", *arguments], arguments, strict=False)
         if before != "--trainer.default_root_dir"
     ]
     for name in INPUTS:
-        if any(part.startswith(f"runs/{name}") for part in given):
+        if any(part.startswith(f"runs/{name}") for part in named):
             shutil.copytree(place / "runs" / name, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
     verb = arguments[0]
@@ -122,8 +124,10 @@ def test_every_command_is_carried_out(
         if "/recipes/" in command:
             arguments += ["--model.init_args.policy.init_args.model_name_or_path", embedded.TINY_LLAMA]
         steps = 3 if "--ckpt_path" in arguments else 2
+        given = {path: path.read_text() for path in tmp_path.glob("runs/*/run.json")}
         main(_short(arguments, tmp_path, steps))
-        (run,) = [path for path in tmp_path.glob("runs/*/run.json") if json.loads(path.read_text())["steps"] == steps]
+        (run,) = [path for path in tmp_path.glob("runs/*/run.json") if path.read_text() != given.get(path)]
+        assert json.loads(run.read_text())["steps"] == steps
         assert (run.parent / "metrics.csv").is_file()
     else:
         others = {

@@ -141,7 +141,7 @@ class BARTScore(MeanScore):
         model_name_or_path: A folder, or a hub id, that ``AutoModelForSeq2SeqLM`` loads.
         dtype: Storage type.
         revision: Hub revision.
-        max_length: Tokens of either text; longer ones lose their end.
+        max_length: Tokens of either text, and never more than the model has positions; longer ones lose their end.
         batch_size: Texts at a time.
         kwargs: torchmetrics' own.
     """
@@ -186,6 +186,8 @@ class BARTScore(MeanScore):
                 "with safetensors, or a hub id"
             ) from error
         self._loaded.append(model.to(device).eval().requires_grad_(False))
+        positions = model.config.to_dict().get("max_position_embeddings")  # T5 and its kin have none
+        self._longest = min(self.max_length, positions or self.max_length)
 
     def score(self, answers: Sequence[Completed]) -> list[dict[str, float]]:
         """See :meth:`CompletionMetric.score`; without a reference only the faithfulness."""
@@ -221,7 +223,7 @@ class BARTScore(MeanScore):
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         encoded = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(texts), padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
         )
         device = next(self._loaded[0].parameters()).device
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}

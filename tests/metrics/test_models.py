@@ -60,6 +60,13 @@ def test_bartscore_is_a_mean_log_likelihood_by_hand(tmp_path: Path) -> None:
     assert metric.compute()["bartscore_faithfulness"].item() == pytest.approx(mean)
 
 
+def test_bartscore_cuts_what_its_model_has_no_positions_for(tmp_path: Path) -> None:
+    save_bart(tmp_path)  # 256 positions; the tokenizer's end mark takes one
+    metric = BARTScore(str(tmp_path))
+    metric.load(CPU)
+    assert metric.log_likelihoods(["a" * 400], ["b" * 300]) == metric.log_likelihoods(["a" * 255], ["b" * 255])
+
+
 def test_without_a_model_bartscore_says_so(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no sequence-to-sequence model"):
