@@ -108,8 +108,8 @@ INSTRUCTION_FAULTS = {
     "unknown kind": ("rows.xml", "<a/>", ["rows.xml", "kind of file is not known", ".jsonl"]),
     "fewer rows than rounds": (
         "rows.json",
-        SFT[:5],
-        ["rows.json", "4 usable", "10 rounds", "lower model.init_args.schedule"],
+        SFT[:2],
+        ["rows.json", "1 usable", "2 rounds", "lower model.init_args.schedule"],
     ),
 }
 
@@ -224,7 +224,7 @@ WRONG_SETTINGS = [
     ("--model.init_args.preference.init_args.beta", "-1", ["beta must be > 0"]),
     ("--model.init_args.schedule.init_args.rounds", "0", ["rounds must be at least 1"]),
     ("--data.init_args.batch_size", "0", ["batch_size must be at least 1"]),
-    ("--trainer.max_epochs", "11", ["trainer.max_epochs 11", "10 rounds"]),
+    ("--trainer.max_epochs", "3", ["trainer.max_epochs 3", "2 rounds"]),
     ("--config", "nowhere.yaml", ["nowhere.yaml", "no such configuration file"]),
 ]
 

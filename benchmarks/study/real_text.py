@@ -48,6 +48,7 @@ SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "Hbat-DPO, uniform": (["hbat_dpo.yaml"], ROUNDS | UNIFORM),
 }
 RATES = (2e-4, 1e-3)
+PRECISION = {"trainer.precision": "bf16-mixed"}  # most of a step is the vocabulary, and CPUs with AMX are six times as fast in it
 INSTRUCTION_RATE = 2e-3
 
 
@@ -141,6 +142,7 @@ def _pretrain(data: Path, world: Path, seed: int, sizes: Sizes) -> None:
         "data.batch_size": 16,
         "data.max_length": 128,
         "trainer.accumulate_grad_batches": 1,
+        **PRECISION,
     }
     fit([HERE / "pretraining.yaml"], world / "pretraining", seed, settings)
     (world / "pretraining" / "model").rename(world / "base")
@@ -164,6 +166,7 @@ def run(job: Job) -> dict[str, Any]:
             "trainer.accumulate_grad_batches": 2,
             "model.instruction.lr": INSTRUCTION_RATE,
             "model.preference.lr": job.rate,
+            **PRECISION,
         }
         if job.system.startswith("joint"):
             del settings["model.instruction.lr"], settings["model.preference.lr"]
