@@ -48,7 +48,7 @@ SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "Hbat-DPO, uniform": (["hbat_dpo.yaml"], ROUNDS | UNIFORM),
 }
 RATES = (2e-4, 1e-3)
-PRECISION = {"trainer.precision": "bf16-mixed"}  # most of a step is the vocabulary, and CPUs with AMX are six times as fast in it
+PRECISION = {"trainer.precision": "bf16-mixed"}  # most of a step is matrix products, which AMX speeds up
 INSTRUCTION_RATE = 2e-3
 
 

@@ -142,6 +142,8 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]) -> None:
     """Every draw of every method in the first tuning world, and each method's front: exact match against the share of gold.
 
+    Draws that lost most of either lie outside of the picture.
+
     Args:
         path: The picture.
         tuning: Results of the draws.
@@ -154,7 +156,8 @@ def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]
     columns = 4
     height = max(1, math.ceil(len(methods) / columns))
     figure = Figure(figsize=(4 * columns, 3 * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat
+    axes = list(figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat)
+    axes[0].set(xlim=(0.4, 1.02), ylim=(-0.3, 1.05))  # what lost more than this is no trade-off
     clouds = {name: [(one["exact"], score(one, golds) - one["exact"]) for one in own] for name, own in methods.items()}
     everything = [point for points in clouds.values() for point in points]
     for axis, (name, points) in zip(axes, clouds.items(), strict=False):
@@ -162,6 +165,8 @@ def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]
         axis.scatter(*zip(*points, strict=True), s=14)
         axis.plot(*zip(*front(points), strict=True))
         axis.set_title(name, fontsize=9)
+    for axis in axes[len(clouds) :]:
+        axis.remove()
     figure.supxlabel("exact match of instructions")
     figure.supylabel("share of the missing gold that is gained")
     figure.savefig(path, dpi=100)
