@@ -165,8 +165,11 @@ def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]
         axis.scatter(*zip(*points, strict=True), s=14)
         axis.plot(*zip(*front(points), strict=True))
         axis.set_title(name, fontsize=9)
-    for axis in axes[len(clouds) :]:
-        axis.remove()
+    for place, axis in enumerate(axes):
+        if place >= len(clouds):
+            axis.remove()
+        elif place >= len(clouds) - columns:  # the lowest of its column
+            axis.tick_params(labelbottom=True)
     figure.supxlabel("exact match of instructions")
     figure.supylabel("share of the missing gold that is gained")
     figure.savefig(path, dpi=100)
