@@ -1,7 +1,7 @@
 """Every ``hbat …`` of README, docs and configurations is carried out: two steps of it, on a tiny model and few rows.
 
-The first command of a configuration's header is carried out in ``test_configs.py``, the one for four devices in
-``test_several_processes.py``.
+The first command of a configuration's header is carried out in ``test_configs.py``; of the one for four devices,
+``test_several_processes.py`` has the like with two.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def report(folder: Path, results: Sequence[Result]) -> None:
     """
     (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
     golds = _golds(folder)
-    parts = ["# Tables of the study", f"Worlds, seeds and settings: `{folder / 'results.jsonl'}`."]
+    parts = ["# Tables of the study", "Worlds, seeds and settings: `results.jsonl`, beside the runs."]
     final = [one for one in results if one["stage"] == "final"]
     for stage in ("final", "rounds", "optimizer state", "full"):
         own = [one for one in results if one["stage"] == stage]

@@ -318,16 +318,7 @@ def _conflict(runs: Sequence[Run]) -> list[_Section]:
 
 def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     about = "Up and to the right is better. The dotted line joins the runs that no other beats in both."
-    heights = {name: [_height(run, name, confidence) for run in runs] for name in HEIGHTS}
-    across = [_spread(run, "rougeL", confidence) for run in runs]
-    spots = {
-        name: [
-            Spot(run.name, f"run{number % 6}", along, up)
-            for number, (run, along, up) in enumerate(zip(runs, across, ups, strict=True))
-            if along and up and all(map(math.isfinite, (*along, *up)))
-        ]
-        for name, ups in heights.items()
-    }
+    spots = {name: _spots(runs, name, confidence) for name in HEIGHTS}
     label = max(spots, key=lambda name: len(spots[name]))  # one figure for all, that as many as can be have
     if not spots[label]:
         return _Section("pareto", "", "", "")
@@ -338,6 +329,15 @@ def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     chart = scatter("ROUGE-L against reward", ("ROUGE-L", label), spots[label])
     content = f'<div class="panels"><figure><figcaption>{escape(label)} over ROUGE-L</figcaption>{chart}</figure></div>'
     return _Section("pareto", "ROUGE against reward", about, content)
+
+
+def _spots(runs: Sequence[Run], name: str, confidence: float) -> list[Spot]:
+    pairs = [(_spread(run, "rougeL", confidence), _height(run, name, confidence)) for run in runs]
+    return [
+        Spot(run.name, f"run{number % 6}", across, up)
+        for number, (run, (across, up)) in enumerate(zip(runs, pairs, strict=True))
+        if across and up and all(map(math.isfinite, (*across, *up)))
+    ]
 
 
 def _spread(run: Run, name: str, confidence: float) -> Sequence[float] | None:

@@ -38,6 +38,7 @@ class ReferenceKL(MeanScore):
     def __init__(self, reference: Literal["base", "initial"] = "base", **kwargs: Any) -> None:
         super().__init__(["kl"], **kwargs)
         self.reference = reference
+        self._adapters: list[str] = []  # none: the bare base
         self._place: Surroundings | None = None
 
     def build(self, surroundings: Surroundings) -> None:
@@ -53,7 +54,6 @@ class ReferenceKL(MeanScore):
                 "model.init_args.metrics"
             )
         self._place = surroundings
-        self._adapters = []
         if self.reference == "initial" and policy.adapter_path is not None:
             policy.add_adapter(INITIAL, policy.lora, policy.adapter_path)
             self._adapters = [INITIAL]
