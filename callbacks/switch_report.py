@@ -18,9 +18,13 @@ from hbat_lightning.schedules import Phase
 from hbat_lightning.switches import PhaseCallback
 from hbat_lightning.trainer_checks import is_dry_run
 
+HELD_OUT = "held_out.json"
+
 
 class SwitchReport(PhaseCallback):
     """Writes ``switches.jsonl`` in the run folder, a row per phase; at the end prints a table and draws ``switches.png``.
+
+    ``held_out.json`` has what the figures after the last phase are means of, row by row: intervals can be drawn from it.
 
     A row holds the held-out figures of both objectives before and after the phase, how far each trained tensor moved,
     the EWC pull, and what other callbacks report. The module validates at every switch; the figures before the first phase
@@ -49,7 +53,8 @@ class SwitchReport(PhaseCallback):
         if is_dry_run(trainer):
             return
         if trainer.global_step == 0:
-            self.path(trainer).unlink(missing_ok=True)
+            for path in (self.path(trainer), self.path(trainer).with_name(HELD_OUT)):
+                path.unlink(missing_ok=True)
             return
         rows = [row for row in read_switches(self.path(trainer)) if row["step"] <= trainer.global_step]
         replace_text(self.path(trainer), "".join(json.dumps(row) + "\n" for row in rows))
@@ -123,6 +128,8 @@ class SwitchReport(PhaseCallback):
                 row |= callback.report()
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if results:
+            replace_text(path.with_name(HELD_OUT), json.dumps(_held_out(trainer.global_step, module)) + "\n")
         append_text(path, json.dumps(row) + "\n", sync=True)
         changes = {f"switch/{name.removeprefix('val/')}": value for name, value in row["change"].items()}
         for logger in trainer.loggers:
@@ -138,6 +145,16 @@ class SwitchReport(PhaseCallback):
         after = module.policy.trained_parameters()
         norms = torch._foreach_norm(torch._foreach_sub([after[n].detach() for n in names], [before[n] for n in names]))
         return {name: float(norm) / before[name].numel() ** 0.5 for name, norm in zip(names, norms, strict=True)}
+
+
+def _held_out(step: int, module: AlignmentModule) -> dict[str, Any]:
+    figures = {}
+    for objective, parts in module.validation_parts.items():
+        rows = module.data.val_sets[objective].digest
+        for name, values in parts.items():
+            sums, counts = zip(*values, strict=True) if values else ((), ())
+            figures[f"val/{objective}/{name}"] = {"rows": rows, "sums": sums, "counts": counts}
+    return {"step": step, "figures": figures}
 
 
 def _sees_all(trainer: Any) -> bool:

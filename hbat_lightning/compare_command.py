@@ -47,7 +47,7 @@ def run_compare(args: list[str]) -> None:
 
 def _parser() -> ArgumentParser:
     about = (
-        "Show runs side by side: a table, with paired intervals where hbat predict has answered the same prompts, and a page "
+        "Show runs side by side: a table, with paired intervals where they have the same held-out rows or prompts, and a page "
         "with curves, forgetting, drift, conflict and answers. Differences are to the first run."
     )
     parser = ArgumentParser(prog="hbat compare", description=about, exit_on_error=False)

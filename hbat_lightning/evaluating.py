@@ -19,7 +19,7 @@ from hbat_lightning.metrics import CompletionMetric, Surroundings, standard_metr
 from hbat_lightning.objective import Objective
 from hbat_lightning.policy import Policy
 from hbat_lightning.ranks import Ranks
-from hbat_lightning.sums import Totals, pooled_means
+from hbat_lightning.sums import Parts, apart, in_turn, means_of
 from hbat_lightning.training_data import MicroBatch
 
 
@@ -39,8 +39,9 @@ class EvaluatingModule(LightningModule):
         # No modules of this one: what they score with is no part of the run.
         self.completion_metrics = list(standard_metrics() if metrics is None else metrics)
         self.validation_results: dict[str, float] = {}
+        self.validation_parts: dict[str, Parts] = {}
         self._prepared: dict[str, str] = {}
-        self._held_out: dict[str, Totals] = {}
+        self._held_out: dict[str, list[Parts]] = {}
 
     @property
     @abstractmethod
@@ -87,19 +88,19 @@ class EvaluatingModule(LightningModule):
         self._held_out = {}
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up one objective's held-out rows; a process that has run out of them has none."""
+        """Score one objective's held-out rows; a process that has run out of them has none."""
         with self.ranks.together():
             if batch.inputs:
-                totals = self._held_out.setdefault(batch.objective, Totals())
-                totals.add(self.objectives[batch.objective].evaluate(self.policy, batch.inputs))
+                sums = self.objectives[batch.objective].evaluate(self.policy, batch.inputs)
+                self._held_out.setdefault(batch.objective, []).append(apart(sums))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all held-out rows of both objectives."""
-        shares = self.ranks.gather({objective: totals.plain() for objective, totals in self._held_out.items()})
+        self.validation_parts = in_turn(self.ranks.gather(self._held_out))
         self.validation_results = {
             f"val/{objective}/{name}": value
-            for objective, means in pooled_means(shares).items()
-            for name, value in means.items()
+            for objective, parts in self.validation_parts.items()
+            for name, value in means_of(parts).items()
         }
         self.log_dict(self.validation_results, batch_size=1)
 

@@ -34,7 +34,7 @@ class Objective(Protocol):
         """Sums over a micro-batch; ``"loss"`` is among them."""
 
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
-        """Sums over held-out rows."""
+        """Of held-out rows, each for itself where that can be: intervals are drawn from rows, else from micro-batches."""
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """See the held-out rows once, with the scores of the initial policy."""

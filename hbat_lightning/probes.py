@@ -111,11 +111,11 @@ class Probe:
                 ).inputs
                 with torch.enable_grad(), module.trainer.precision_plugin.forward_context():
                     total, count = loss(module.policy, inputs)["loss"]
-                gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+                gradients = torch.autograd.grad(total.sum(), list(trained.values()), allow_unused=True)
                 for own, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
                         own.add_(gradient)
-                units += count.to(module.device)
+                units += count.sum().to(module.device)
         module.ranks.add(units)
         if not units:
             return None

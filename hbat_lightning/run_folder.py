@@ -21,7 +21,16 @@ from hbat_lightning.run_lock import FILE as LOCK
 CHECKPOINTS = "checkpoints"
 MARK = "run.json"
 OUTPUTS = (
-    *("metrics.csv", "evaluation.csv", "switches.jsonl", "switches.png", "nonfinite.jsonl", MARK, "config.yaml"),
+    *(
+        "metrics.csv",
+        "evaluation.csv",
+        "switches.jsonl",
+        "switches.png",
+        "held_out.json",
+        "nonfinite.jsonl",
+        MARK,
+        "config.yaml",
+    ),
     *("predictions.jsonl", "conflict.jsonl", "conflict.png", "samples.jsonl"),
 )
 _FOLDERS = (CHECKPOINTS, "adapter", "model")

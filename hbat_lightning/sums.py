@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
@@ -10,7 +12,20 @@ from torch import Tensor
 from hbat_lightning.ranks import Ranks
 
 Sums = dict[str, tuple[Tensor, Tensor]]
-"""Per quantity a sum and what to divide it by, each a scalar tensor."""
+"""Per quantity a sum and what to divide it by: scalar tensors, or ``(rows,)`` where rows are to be told apart."""
+
+Parts = dict[str, list[tuple[float, float]]]
+"""Per quantity the sums of single rows, or of single micro-batches, and what to divide each by; off the device."""
+
+
+def of_all(values: Mapping[str, Tensor]) -> Sums:
+    """Sums of quantities that are ``(rows,)`` each."""
+    return {name: (value.sum(), torch.tensor(len(value), device=value.device)) for name, value in values.items()}
+
+
+def of_each(values: Mapping[str, Tensor]) -> Sums:
+    """Quantities that are ``(rows,)`` each, with the rows kept apart."""
+    return {name: (value, torch.ones_like(value)) for name, value in values.items()}
 
 
 class Totals:
@@ -22,17 +37,13 @@ class Totals:
     def add(self, sums: Sums) -> None:
         """Add one micro-batch, in fp64: thousands of fp32 sums would lose digits."""
         for name, (total, count) in sums.items():
-            new = (total.detach().double(), count.detach().double())
+            new = (total.detach().double().sum(), count.detach().double().sum())
             old = self._parts.get(name)
             self._parts[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
 
     def means(self) -> dict[str, float]:
         """Sum over count of every quantity; those that nothing was counted for are left out."""
         return {name: float(total / count) for name, (total, count) in self._parts.items() if float(count) > 0}
-
-    def plain(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of every quantity, off the device."""
-        return {name: (float(total), float(count)) for name, (total, count) in self._parts.items()}
 
 
 class WindowTotals:
@@ -68,23 +79,34 @@ def pool(parts: Iterable[Totals], ranks: Ranks, device: torch.device) -> None:
         own[name] = (total, count)
 
 
-def pooled_means(parts: Sequence[Mapping[str, Mapping[str, tuple[float, float]]]]) -> dict[str, dict[str, float]]:
-    """Means of what all ranks have added up, where some may have had nothing to add.
+def apart(sums: Sums) -> Parts:
+    """A micro-batch's sums, row by row where they are."""
+    return {
+        name: list(zip(total.double().reshape(-1).tolist(), count.double().reshape(-1).tolist(), strict=True))
+        for name, (total, count) in sums.items()
+    }
+
+
+def in_turn(shares: Sequence[Mapping[str, Sequence[Parts]]]) -> dict[str, Parts]:
+    """What ranks have evaluated that took turns in micro-batches, in the order of a single process.
 
     Args:
-        parts: Of every rank its :meth:`Totals.plain` by objective.
+        shares: Of every rank, by objective, the parts of its micro-batches; a rank may have had none.
 
     Returns:
-        By objective the mean of every quantity.
+        By objective all parts of every quantity.
     """
-    pooled: dict[str, dict[str, tuple[float, float]]] = {}
-    for part in parts:
-        for objective, sums in part.items():
-            own = pooled.setdefault(objective, {})
-            for name, (total, count) in sums.items():
-                before = own.get(name, (0.0, 0.0))
-                own[name] = (before[0] + total, before[1] + count)
-    return {
-        objective: {name: total / count for name, (total, count) in own.items() if count > 0}
-        for objective, own in pooled.items()
-    }
+    found: dict[str, Parts] = {}
+    for objective in dict.fromkeys(chain.from_iterable(shares)):
+        own = found.setdefault(objective, {})
+        turns = zip_longest(*(share.get(objective, ()) for share in shares))
+        for parts in filter(None, chain.from_iterable(turns)):
+            for name, values in parts.items():
+                own.setdefault(name, []).extend(values)
+    return found
+
+
+def means_of(parts: Parts) -> dict[str, float]:
+    """Sum over count of every quantity; those that nothing was counted for are left out."""
+    sums = {name: tuple(map(math.fsum, zip(*values, strict=True))) for name, values in parts.items() if values}
+    return {name: total / count for name, (total, count) in sums.items() if count > 0}

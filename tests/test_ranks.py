@@ -12,7 +12,7 @@ from torch import Tensor
 from hbat_lightning.data.rollouts import SharedWork
 from hbat_lightning.errors import SharedError, UserError
 from hbat_lightning.ranks import ALONE, Ranks
-from hbat_lightning.sums import Totals, pool, pooled_means
+from hbat_lightning.sums import Totals, apart, in_turn, means_of, pool
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,18 @@ def test_windows_are_pooled_in_one_exchange_by_sums_and_counts() -> None:
     assert not ranks.others
 
 
-def test_held_out_rows_are_pooled_where_a_rank_has_none() -> None:
-    one = {"instruction": totals(loss=(6.0, 2.0), kl=(0.0, 0.0)).plain()}
-    other = {"instruction": totals(loss=(3.0, 4.0)).plain(), "preference": totals(loss=(1.0, 2.0)).plain()}
-    assert pooled_means([one, other, {}]) == {"instruction": {"loss": 1.5}, "preference": {"loss": 0.5}}
+def test_held_out_rows_of_ranks_are_in_the_order_of_one_process() -> None:
+    def micro_batch(*rows: float, kl: tuple[float, float] = (0.0, 0.0)) -> dict[str, list[tuple[float, float]]]:
+        sums = (torch.tensor(rows), torch.tensor([number + 1 for number in range(len(rows))]))
+        return apart({"loss": sums, "kl": (torch.tensor(kl[0]), torch.tensor(kl[1]))})
+
+    first = {"instruction": [micro_batch(1.0, 2.0), micro_batch(5.0)], "preference": [micro_batch(8.0)]}
+    second = {"instruction": [micro_batch(3.0, 4.0)]}
+    found = in_turn([first, second, {}])
+    assert found["instruction"]["loss"] == [(1.0, 1.0), (2.0, 2.0), (3.0, 1.0), (4.0, 2.0), (5.0, 1.0)]
+    assert list(found) == ["instruction", "preference"]
+    assert means_of(found["instruction"]) == {"loss": 15 / 7}  # over what rows count; nothing was counted for kl
+    assert means_of(found["preference"]) == {"loss": 8.0}
 
 
 def test_it_does_not_matter_whose_work_it_is_and_a_second_round_draws_anew() -> None:

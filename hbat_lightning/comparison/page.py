@@ -23,7 +23,7 @@ from hbat_lightning.comparison.charts import (
     scatter,
 )
 from hbat_lightning.comparison.runs import FORGOTTEN, Run
-from hbat_lightning.comparison.table import Figure, format_cell, format_lead
+from hbat_lightning.comparison.table import Figure, about_intervals, format_cell, format_lead, held_out_spread
 from hbat_lightning.metrics import bootstrap
 from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 
@@ -101,13 +101,8 @@ def comparison_page(runs: Sequence[Run], figures: Sequence[Figure], confidence: 
 
 
 def _about_figures(runs: Sequence[Run], confidence: float) -> str:
-    shown = (
-        f"Intervals are of {confidence:.0%}, from a bootstrap over prompts. They know nothing of other seeds. Figures of "
-        "held-out rows have none: a run keeps their means, not the rows'; hbat predict keeps answers."
-    )
-    if len(runs) > 1:
-        shown += f" Differences are to {runs[0].name}, prompt by prompt; bold are those whose interval is without 0."
-    return shown
+    differences = f" Differences are to {runs[0].name}, row by row; bold are those whose interval is without 0."
+    return about_intervals(confidence) + (differences if len(runs) > 1 else "")
 
 
 def _table(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
@@ -346,6 +341,9 @@ def _spread(run: Run, name: str, confidence: float) -> Sequence[float] | None:
 
 
 def _height(run: Run, name: str, confidence: float) -> Sequence[float] | None:
-    """With its interval where it is of answers; at the end of the run where it is of held-out rows."""
+    """With its interval where it has one; at the end of the run where it is of held-out rows."""
     points = run.held_out(name) if name.startswith("val/") else []
-    return (points[-1][1],) * 3 if points else _spread(run, name, confidence)
+    if not points:
+        return _spread(run, name, confidence)
+    spread = held_out_spread(run, name, confidence)
+    return (points[-1][1],) * 3 if spread is None else spread[:3]

@@ -43,6 +43,21 @@ class Span:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What a held-out figure at the end of a run is the mean of.
+
+    Attributes:
+        rows: Digest of the set of held-out rows.
+        sums: Of each row, or micro-batch.
+        counts: How many units each is a sum of.
+    """
+
+    rows: str
+    sums: list[float]
+    counts: list[float]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, by what it has written. A file that is not there is as good as empty.
 
@@ -54,6 +69,7 @@ class Run:
         conflict: Rows of ``conflict.jsonl``.
         samples: Rows of ``samples.jsonl``.
         answers: Rows of ``predictions.jsonl``, with the scores of the standard metrics.
+        rows: Figures of ``held_out.json``, if it is of the last switch.
         settings: ``config.yaml``, flat, without what is named like a secret.
     """
 
@@ -64,6 +80,7 @@ class Run:
     conflict: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
     answers: dict[Key, Completed] = field(default_factory=dict)
+    rows: dict[str, HeldOut] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -139,14 +156,16 @@ def _read(folder: Path, name: str) -> Run:
             f"{folder} holds no run: give folders that --trainer.default_root_dir named, as in hbat compare A B"
         )
     try:
+        switches = _rows(folder / "switches.jsonl")
         return Run(
             name=name,
             metrics=_numbers(folder / "metrics.csv"),
             evaluation={key: value for row in _numbers(folder / "evaluation.csv") for key, value in row.items()},
-            switches=_rows(folder / "switches.jsonl"),
+            switches=switches,
             conflict=_rows(folder / "conflict.jsonl"),
             samples=_rows(folder / "samples.jsonl"),
             answers=_answers(_rows(folder / "predictions.jsonl")),
+            rows=_held_out(folder / "held_out.json", switches),
             settings=_settings(folder / "config.yaml"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -157,6 +176,13 @@ def _read(folder: Path, name: str) -> Run:
 
 def _rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+
+
+def _held_out(path: Path, switches: Sequence[Row]) -> dict[str, HeldOut]:
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not switches or kept.get("step") != switches[-1]["step"]:
+        return {}  # a run that was stopped while it wrote the two
+    return {name: HeldOut(**values) for name, values in kept["figures"].items()}
 
 
 def _numbers(path: Path) -> list[dict[str, float]]:

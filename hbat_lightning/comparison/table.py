@@ -18,8 +18,9 @@ class Cell:
 
     Attributes:
         value: The figure; ``None`` where the run has none.
-        spread: Its interval, where it is a mean over answers.
-        lead: By how much it is ahead of the first run on the prompts that both have answered; ``None`` for the first.
+        spread: Its interval, where it is a mean over answers or held-out rows.
+        lead: By how much it is ahead of the first run on the prompts that both have answered, or on the held-out rows where
+            they are the same; ``None`` for the first.
     """
 
     value: float | None
@@ -51,13 +52,15 @@ def compare(runs: Sequence[Run], confidence: float = 0.95) -> list[Figure]:
     """
     groups: list[tuple[str, list[dict[str, float]]]] = [
         ("training", [_training(run) for run in runs]),
-        ("held out, at the end", [_at_end(run) for run in runs]),
+        (AT_END, [_at_end(run) for run in runs]),
         ("held out, mean change by the other's phases", [_forgetting(run) for run in runs]),
         ("conflict", [_conflict(run) for run in runs]),
         ("hbat validate and hbat test", [_evaluation(run) for run in runs]),
     ]
     figures = [
-        Figure(group, name, tuple(Cell(own.get(name)) for own in values))
+        _of_held_out(name, runs, values, confidence)
+        if group == AT_END
+        else Figure(group, name, tuple(Cell(own.get(name)) for own in values))
         for group, values in groups
         for name in _names(values)
     ]
@@ -66,7 +69,8 @@ def compare(runs: Sequence[Run], confidence: float = 0.95) -> list[Figure]:
     return figures + [Figure(ANSWERS, name, tuple(Cell(own.get(name)) for own in variety)) for name in _names(variety)]
 
 
-ANSWERS = "hbat predict, mean over answers"
+AT_END, ANSWERS = "held out, at the end", "hbat predict, mean over answers"
+MIN_ROWS = 10  # of fewer a percentile bootstrap is much too narrow
 
 
 def as_markdown(runs: Sequence[Run], figures: Sequence[Figure], confidence: float = 0.95) -> str:
@@ -81,10 +85,14 @@ def as_markdown(runs: Sequence[Run], figures: Sequence[Figure], confidence: floa
         own = [format_cell(cell) for cell in figure.cells]
         lines.append([figure.name, *own, *(format_lead(cell) for cell in figure.cells[1:])])
     table = "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+    return f"{table}\n\n{about_intervals(confidence)} Differences are paired; * marks those without 0.\n"
+
+
+def about_intervals(confidence: float) -> str:
+    """What intervals are of, and which figures have none."""
     return (
-        f"{table}\n\nIntervals are of {confidence:.0%}, from a bootstrap over prompts, paired for differences; * marks those "
-        "without 0. They know nothing of other seeds. Figures of held-out rows have none: a run keeps their means, not the "
-        "rows'; hbat predict keeps answers.\n"
+        f"Intervals are of {confidence:.0%}, from a bootstrap over held-out rows or prompts. They know nothing of other seeds. "
+        f"Fewer than {MIN_ROWS} rows have none, and other figures neither."
     )
 
 
@@ -102,6 +110,14 @@ def as_csv(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
             lead: Sequence[object] = ["", "", "", ""] if cell.lead is None else cell.lead
             writer.writerow([figure.group, figure.name, run.name, cell.value, *spread, *lead])
     return text.getvalue()
+
+
+def held_out_spread(run: Run, name: str, confidence: float) -> Interval | None:
+    """Interval of a held-out figure at the end of a run; none where too few rows of it are known."""
+    own = run.rows.get(name)
+    if own is None or sum(count > 0 for count in own.counts) < MIN_ROWS:
+        return None
+    return bootstrap(own.sums, confidence, counts=own.counts)
 
 
 def format_cell(cell: Cell) -> str:
@@ -170,6 +186,16 @@ def _conflict(run: Run) -> dict[str, float]:
 
 def _evaluation(run: Run) -> dict[str, float]:
     return {name: value for name, value in run.evaluation.items() if name.startswith(("val/", "test/"))}
+
+
+def _of_held_out(name: str, runs: Sequence[Run], values: Sequence[dict[str, float]], confidence: float) -> Figure:
+    cells, first = [], runs[0].rows.get(name)
+    for run, figures in zip(runs, values, strict=True):
+        own, spread, lead = run.rows.get(name), held_out_spread(run, name, confidence), None
+        if own and spread and first and run is not runs[0] and (own.rows, own.counts) == (first.rows, first.counts):
+            lead = paired_bootstrap(own.sums, first.sums, confidence, counts=own.counts)
+        cells.append(Cell(figures.get(name), spread, lead))
+    return Figure(AT_END, name, tuple(cells))
 
 
 def _of_answers(name: str, runs: Sequence[Run], confidence: float) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hbat_lightning.data.kinds import TEXTS
-from hbat_lightning.objectives.sft import SFTModule
+from hbat_lightning.objectives.sft import SFTModule, loss_of_each
 from hbat_lightning.policy import Policy
 from hbat_lightning.sums import Sums
 
@@ -27,4 +27,4 @@ class LanguageModelModule(SFTModule):
 
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Loss per token; no text is expected to be guessed whole."""
-        return self.loss(policy, inputs)
+        return {"loss": loss_of_each(policy.score(inputs))}

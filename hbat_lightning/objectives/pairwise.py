@@ -16,7 +16,7 @@ from hbat_lightning.objectives.held_out import ROUNDING, InitialScores
 from hbat_lightning.policy import Policy, Reference
 from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.scoring import IGNORE, Scorer, TokenScores
-from hbat_lightning.sums import Sums
+from hbat_lightning.sums import Sums, of_all, of_each
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,11 @@ class PairwiseModule(ObjectiveModule):
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """See :meth:`ObjectiveModule.loss`. Pairs without a supervised token count for nothing."""
         reference = self._reference_log_probs(policy, inputs)
-        return self._sums(self.compare(_real_pairs(policy.score(inputs), reference, inputs)))
+        return of_all(_values(self.compare(_real_pairs(policy.score(inputs), reference, inputs))))
 
     def _reference_log_probs(self, policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
         """``(2, B)`` what training compares the policy with."""
         return torch.zeros(2, len(inputs["labels"]) // 2, device=inputs["labels"].device)
-
-    def _sums(self, compared: Comparison) -> Sums:
-        chosen, rejected = compared.chosen_rewards, compared.rejected_rewards
-        values = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected, **compared.parts}
-        count = torch.tensor(len(chosen), device=chosen.device)
-        return {
-            "loss": (compared.losses.sum(), count),
-            "accuracy": ((chosen > rejected).sum(), count),
-            **{name: (value.sum(), count) for name, value in values.items()},
-        }
 
 
 class ReferencePairwiseModule(PairwiseModule):
@@ -150,8 +140,7 @@ class ReferencePairwiseModule(PairwiseModule):
         ratios = pairs.log_probs - pairs.reference
         ties = (ratios[0] - ratios[1]).abs() <= ROUNDING
         won = (compared.chosen_rewards > compared.rejected_rewards) & ~ties
-        sums = self._sums(compared)
-        return sums | {"accuracy": (won.sum() + 0.5 * ties.sum(), sums["accuracy"][1])}
+        return of_each(_values(compared) | {"accuracy": won + 0.5 * ties})
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Keep the initial policy's log-probabilities of the held-out pairs, in their order."""
@@ -159,6 +148,19 @@ class ReferencePairwiseModule(PairwiseModule):
 
     def _reference_log_probs(self, policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
         return policy.score_reference(inputs, self.reference).row_sums().view(2, -1)
+
+
+def _values(compared: Comparison) -> dict[str, Tensor]:
+    """What is logged, ``(B,)`` each."""
+    chosen, rejected = compared.chosen_rewards, compared.rejected_rewards
+    return {
+        "loss": compared.losses,
+        "accuracy": chosen > rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": chosen - rejected,
+        **compared.parts,
+    }
 
 
 def _real_pairs(scores: TokenScores, reference: Tensor, inputs: dict[str, Tensor]) -> Pairs:

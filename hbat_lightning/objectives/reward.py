@@ -23,7 +23,7 @@ from hbat_lightning.rewards import HEAD_FILE
 from hbat_lightning.scalars import apply_head, last_positions, make_head
 from hbat_lightning.schedules import PREFERENCE
 from hbat_lightning.scoring import IGNORE
-from hbat_lightning.sums import Sums
+from hbat_lightning.sums import Sums, of_all, of_each
 
 
 class BradleyTerryModule(ObjectiveModule):
@@ -52,12 +52,20 @@ class BradleyTerryModule(ObjectiveModule):
 
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """See :meth:`ObjectiveModule.loss`. Pairs without a supervised token count for nothing."""
+        return of_all(self._values(policy, inputs))
+
+    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """The same of held-out pairs, each for itself."""
+        return of_each(self._values(policy, inputs))
+
+    def _values(self, policy: Policy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is logged, of each pair."""
         real = (inputs["labels"] != IGNORE).any(-1).view(2, -1).any(0)
         chosen, rejected = self.rewards(policy, inputs).view(2, -1)[:, real]
         losses = bradley_terry_loss(chosen, rejected, inputs["margin"][real])
         chosen, rejected = chosen.detach(), rejected.detach()
         confidence, brier = preference_calibration(chosen, rejected)
-        values = {
+        return {
             "loss": losses,
             "accuracy": (chosen > rejected) + 0.5 * (chosen == rejected),
             "chosen_reward": chosen,
@@ -66,8 +74,6 @@ class BradleyTerryModule(ObjectiveModule):
             "confidence": confidence,
             "brier": brier,
         }
-        count = real.sum()
-        return {name: (value.sum(), count) for name, value in values.items()}
 
     def complete(self, batch: PromptBatch) -> list[Completed]:
         """Refuse: what has learnt to judge answers has not learnt to write them.

@@ -33,7 +33,7 @@ from hbat_lightning.policy import Policy
 from hbat_lightning.rewards import Reward
 from hbat_lightning.sampling import DynamicSampling
 from hbat_lightning.schedules import PREFERENCE
-from hbat_lightning.sums import Sums
+from hbat_lightning.sums import Sums, of_each
 from hbat_lightning.training_data import Cycle
 
 PAD = 0  # masks go by length, so any id will do
@@ -234,4 +234,4 @@ class RolloutModule(ObjectiveModule):
             "length": torch.tensor([float(len(answer)) for answer in completions]),
             "stopped": torch.tensor([float(answer[-1] == self._stop) for answer in completions]),
         }
-        return {name: (value.sum(), torch.tensor(len(value))) for name, value in figures.items()}
+        return of_each(figures)

@@ -40,9 +40,13 @@ class SFTModule(ObjectiveModule):
         """
         scores = policy.score(inputs, with_correct=True)
         wrong = scores.row_sums((~scores.correct).float()) if scores.correct is not None else scores.row_sums()
-        tokens = scores.row_sums(torch.ones_like(scores.log_probs))
-        matches = (wrong == 0) & (tokens > 0)
-        return {"loss": _negative_log_likelihood(scores), "exact_match": (matches.sum(), (tokens > 0).sum())}
+        losses, tokens = loss_of_each(scores)
+        return {"loss": (losses, tokens), "exact_match": ((wrong == 0) & (tokens > 0), tokens > 0)}
+
+
+def loss_of_each(scores: TokenScores) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and supervised tokens of every row, ``(B,)`` each."""
+    return -scores.row_sums(), scores.row_sums(torch.ones_like(scores.log_probs))
 
 
 def _negative_log_likelihood(scores: TokenScores) -> tuple[Tensor, Tensor]:

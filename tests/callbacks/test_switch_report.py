@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from hbat_lightning.callbacks import (
     SwitchReport,
     WindowCheckpoint,
 )
+from hbat_lightning.cli import main
 from hbat_lightning.schedules import Interval
 from tests.support import Recorder
+from tests.test_cli import config, few_rows, in_folder
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -124,3 +127,30 @@ def test_predictions_are_a_row_per_prompt(make_policy: Any, make_data: Any, make
         assert row["prompt"] == prompt.text
         assert 1 <= row["tokens"] <= 5
         assert row["stopped"] or row["tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("hbat_dpo", ("instruction", "preference")),
+        ("hbat_ppo", ("instruction", "preference")),
+        ("reward", ("preference",)),
+    ],
+)
+def test_held_out_rows_are_kept_apart_however_they_are_batched(
+    name: str, sources: tuple[str, ...], tmp_path: Path
+) -> None:
+    kept = []
+    for size in (1, 4):
+        folder = tmp_path / f"by-{size}"
+        sizes = ["--data.batch_size", "4", "--data.val_batch_size", str(size)]
+        main(["fit", *config(name), *few_rows(*sources), *sizes, *in_folder(folder)])
+        kept.append(json.loads((folder / "held_out.json").read_text())["figures"])
+        after = rows_of(folder)[-1]["after"]
+        for figure, own in kept[-1].items():
+            assert math.fsum(own["sums"]) / math.fsum(own["counts"]) == pytest.approx(after[figure])
+    assert kept[0].keys() == kept[1].keys()
+    for figure, own in kept[1].items():
+        assert len(own["counts"]) > 4
+        assert own["counts"] == kept[0][figure]["counts"]
+        assert own["sums"] == pytest.approx(kept[0][figure]["sums"], rel=1e-3, abs=1e-4), figure

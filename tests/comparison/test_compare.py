@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from hbat_lightning.cli import main
+from hbat_lightning.comparison.runs import read_runs
+from hbat_lightning.comparison.table import compare
 from hbat_lightning.metrics import paired_bootstrap
 from tests.test_cli import CONFIGS, small_hybrid
 
@@ -53,6 +55,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs, the second without EWC, and their comparison."""
     root = tmp_path_factory.mktemp("compared")
     telemetry = ["--config", str(CONFIGS / "telemetry.yaml")]
+    telemetry += ["--data.instruction.limit", "48", "--data.preference.limit", "48"]  # 12 of each are held out
     for name, more in (("first", telemetry), ("second", ["--trainer.callbacks.strength", "0", *telemetry])):
         main(["fit", *small_hybrid(root / name), *more])
         main(["predict", "--config", str(root / name / "config.yaml"), "--ckpt_path", "last"])
@@ -121,6 +124,46 @@ def test_differences_are_paired_by_prompt_on_what_both_have_answered(compared: P
         "| length | 4 [", "| length | 4.000 ["
     )
     assert "| second − first |" in text
+
+
+def test_held_out_figures_have_intervals_paired_row_by_row(compared: Path) -> None:
+    kept = [json.loads((compared / run / "held_out.json").read_text())["figures"] for run in ("first", "second")]
+    for name in ("val/instruction/loss", "val/preference/margin"):
+        one, other = (figures[name] for figures in kept)
+        assert one["counts"] == other["counts"]
+        found = cells(compared)[name, "second"]
+        assert float(found["value"]) == pytest.approx(sum(other["sums"]) / sum(other["counts"]))
+        expected = paired_bootstrap(other["sums"], one["sums"], counts=one["counts"])
+        names = ("difference", "difference_low", "difference_high", "difference_rows")
+        assert [float(found[name]) for name in names] == pytest.approx(list(expected))
+        assert float(found["difference"]) == pytest.approx(
+            float(found["value"]) - float(cells(compared)[name, "first"]["value"])
+        )
+
+
+def test_no_interval_of_other_rows_or_of_few(compared: Path, tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        for name in ("switches.jsonl", "held_out.json"):
+            (tmp_path / run / name).write_text((compared / run / name).read_text())
+    path = tmp_path / "second" / "held_out.json"
+    kept = json.loads(path.read_text())
+    kept["figures"]["val/instruction/loss"]["rows"] = "others"
+    for part in ("sums", "counts"):
+        kept["figures"]["val/preference/loss"][part] = kept["figures"]["val/preference/loss"][part][:9]
+    path.write_text(json.dumps(kept))
+    figures = {
+        (one.group, one.name): one.cells[1] for one in compare(read_runs([tmp_path / "first", tmp_path / "second"]))
+    }
+    other, few = (figures["held out, at the end", f"val/{name}/loss"] for name in ("instruction", "preference"))
+    assert other.spread is not None
+    assert other.lead is None
+    assert few.spread is None
+    assert few.lead is None
+    kept["step"] -= 1  # of an earlier switch
+    path.write_text(json.dumps(kept))
+    runs = read_runs([tmp_path / "second"])
+    assert runs[0].rows == {}
 
 
 def test_the_first_runs_test_figures_are_there_and_the_seconds_are_not(compared: Path) -> None:

@@ -37,6 +37,25 @@ def test_pairs_are_drawn_together() -> None:
     assert not paired_bootstrap([1.0, 2.0], [1.0, 2.0]).decided
 
 
+def test_a_mean_over_tokens_draws_rows_with_all_their_tokens() -> None:
+    """Against the delta method for a ratio of means: rows differ in length, and long ones have other losses."""
+    random = np.random.default_rng(5)
+    tokens = random.integers(1, 60, 3000).astype(float)
+    losses = tokens * (1 + tokens / 60 + random.normal(0, 0.3, 3000))
+    ratio = losses.sum() / tokens.sum()
+    half = 1.96 * np.std(losses - ratio * tokens) / tokens.mean() / math.sqrt(3000)
+    found = bootstrap(losses, counts=tokens)
+    assert found.value == pytest.approx(ratio)
+    assert (found.low, found.high) == pytest.approx((ratio - half, ratio + half), abs=half * 0.06)
+    assert bootstrap(losses, counts=np.ones(3000)) == bootstrap(losses)
+    other = losses - 0.1 * tokens
+    assert paired_bootstrap(losses, other, counts=tokens)[:3] == pytest.approx((0.1, 0.1, 0.1))
+    some = bootstrap([1.0, 0.0, 3.0], counts=[1.0, 0.0, 1.0])
+    assert (some.value, some.rows) == (2.0, 2)
+    with pytest.raises(ValueError, match="not all of them 0"):
+        bootstrap([1.0], counts=[0.0])
+
+
 def test_the_same_rows_have_the_same_interval_however_many_draws_fit_in_memory() -> None:
     values = np.random.default_rng(4).normal(size=300)
     assert bootstrap(values) == bootstrap(values)
