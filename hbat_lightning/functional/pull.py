@@ -52,18 +52,32 @@ def add_pull(
 
 
 def _add_by_chunks(tensors: list[tuple[Tensor, Tensor, Tensor, Tensor | float]]) -> Pull:
-    """Memory is read once: a chunk stays in the caches. One scalar factor needs no pass of its own."""
+    """Memory is read once: a chunk stays in the caches, and what is made of it has one place for all chunks."""
     penalty = norm = task = 0.0
+    places: dict[torch.dtype, Tensor] = {}
     for gradient, parameter, anchor, factor in tensors:
         scale, per_element = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
         for into, here, there, each in _chunks(gradient, parameter, anchor, per_element):
-            moved = here - there
-            held = moved if each is None else moved * each
+            moved = _moved(here, there, places)
             task += _dot(into, into)
-            penalty += scale * _dot(held, moved)
-            norm += scale * scale * _dot(held, held)
-            into.add_(held, alpha=2.0 * scale)
+            if each is None:  # one scalar factor needs no pass of its own
+                square = _dot(moved, moved)
+                penalty, norm = penalty + scale * square, norm + scale * scale * square
+                into.add_(moved, alpha=2.0 * scale)
+            else:
+                held = moved * each
+                penalty, norm = penalty + _dot(held, moved), norm + _dot(held, held)
+                into.add_(held, alpha=2.0)
     return Pull(torch.tensor(penalty), torch.tensor(2.0 * math.sqrt(norm)), torch.tensor(math.sqrt(task)))
+
+
+def _moved(here: Tensor, there: Tensor, places: dict[torch.dtype, Tensor]) -> Tensor:
+    """The difference of two chunks, where that of the last ones was: it is in the caches, as new memory is not."""
+    if here.dim() != 1 or here.numel() > CHUNK:
+        return here - there
+    if here.dtype not in places:
+        places[here.dtype] = here.new_empty(CHUNK)
+    return torch.sub(here, there, out=places[here.dtype][: here.numel()])
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -78,9 +92,7 @@ def _chunks(
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield gradient, parameter, anchor, factor
         return
-    flat = [tensor.view(-1) for tensor in tensors]
-    for begin in range(0, gradient.numel(), CHUNK):
-        into, here, there, *each = (tensor[begin : begin + CHUNK] for tensor in flat)
+    for into, here, there, *each in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
         yield into, here, there, each[0] if each else None
 
 
