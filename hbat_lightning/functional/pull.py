@@ -92,7 +92,7 @@ def _chunks(
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield gradient, parameter, anchor, factor
         return
-    for into, here, there, *each in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
+    for into, here, there, *each in zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True):
         yield into, here, there, each[0] if each else None
 
 
