@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,34 @@ from hbat_lightning.data import embedded
 from hbat_lightning.data.encoded import Encoded
 from hbat_lightning.data.sets import InstructionSet
 
-BASE = {"length": 512, "batch": 2, "vocabulary": 32000, "hidden": 256, "layers": 4, "rank": 16}
-SWEEPS: dict[str, tuple[str, list[int]]] = {
-    "length": ("tokens of a row", [128, 256, 512, 1024, 2048, 4096]),
-    "batch": ("rows of a step", [1, 2, 4, 8]),
-    "vocabulary": ("vocabulary", [8000, 32000, 128000]),
-    "hidden": ("model (hidden size)", [64, 128, 256, 512, 1024]),
-    "rank": ("rank of LoRA", [4, 16, 64, 256]),
+Shape = dict[str, int]
+BASE: Shape = {
+    "length": 512,
+    "prompt": 128,
+    "batch": 2,
+    "vocabulary": 32000,
+    "hidden": 256,
+    "layers": 4,
+    "rank": 16,
+}
+# What differs from BASE, and which of it (or of what is measured) is the size that a slope is over.
+SWEEPS: dict[str, tuple[str, list[Shape]]] = {
+    "tokens of a row": ("length", [{"length": n, "prompt": n // 4} for n in (128, 256, 512, 1024, 2048, 4096)]),
+    "rows of a step": ("batch", [{"batch": n} for n in (1, 2, 4, 8)]),
+    "supervised tokens of 1,024": ("supervised", [{"prompt": 512 - n} for n in (8, 32, 128, 384)]),
+    "vocabulary": ("vocabulary", [{"vocabulary": n} for n in (8000, 32000, 128000)]),
+    "parameters of the model": (
+        "parameters",
+        [
+            {"hidden": hidden, "layers": layers, "vocabulary": 8000}
+            for hidden, layers in ((64, 2), (128, 4), (256, 8), (512, 12), (1024, 16), (2048, 20))
+        ],
+    ),
+    "trained parameters": ("trained", [{"rank": n} for n in (4, 16, 64, 256)]),
 }
 
 
-def make_policy(shape: dict[str, int]) -> Policy:
+def make_policy(shape: Shape) -> Policy:
     """A Llama of this shape with random weights, in memory."""
     hidden = shape["hidden"]
     config = LlamaConfig(
@@ -54,12 +72,12 @@ def make_policy(shape: dict[str, int]) -> Policy:
     return policy
 
 
-def measure(shape: dict[str, int], times: int) -> dict[str, float]:
-    """Seconds and bytes of a step, and parameters."""
+def measure(shape: Shape, times: int) -> dict[str, float]:
+    """Seconds and bytes of a step, and what it is a step of."""
     policy, objective = make_policy(shape), SFTModule()
     trained = list(policy.trained_parameters().values())
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    rows = random_rows(shape["batch"], shape["length"], shape["length"] // 4, shape["vocabulary"])
+    rows = random_rows(shape["batch"], shape["length"], shape["prompt"], shape["vocabulary"])
 
     def step() -> None:
         objective.loss(policy, rows)["loss"][0].backward()
@@ -68,7 +86,8 @@ def measure(shape: dict[str, int], times: int) -> dict[str, float]:
 
     step()
     memory = allocated_by(step)
-    return {
+    return shape | {
+        "supervised": shape["batch"] * (shape["length"] - shape["prompt"]),
         "seconds": in_turns({"step": step}, times, warm_up=0)["step"],
         "bytes": float(max(memory, 1)),
         "parameters": float(sum(parameter.numel() for parameter in policy.parameters())),
@@ -86,7 +105,7 @@ def measure_data(count: int) -> dict[str, float]:
 
     begin = time.perf_counter()
     memory = peak_of(take_in)
-    return {"seconds": time.perf_counter() - begin, "bytes": float(max(memory, 1))}
+    return {"rows": float(count), "seconds": time.perf_counter() - begin, "bytes": float(max(memory, 1))}
 
 
 def slope(sizes: list[float], values: list[float]) -> float:
@@ -120,21 +139,21 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, list[float]]] = {}
 
-    def sweep(name: str, sizes: list[int], one: Callable[[int], dict[str, float]]) -> None:
+    def sweep(name: str, size: str, works: Sequence[Callable[[], dict[str, float]]]) -> None:
         results = []
-        for size in sizes[: args.first]:
-            results.append(one(size) | {"sizes": float(size)})
+        for work in works[: args.first]:
+            result = work()
+            results.append(result | {"sizes": float(result[size])})
             print(name, {key: float(f"{value:.3g}") for key, value in results[-1].items()}, flush=True)
         found[name] = {key: [result[key] for result in results] for key in results[0]}
 
-    for key, (name, sizes) in SWEEPS.items():
-        sweep(name, sizes, lambda size, key=key: measure(BASE | {key: size}, args.times))  # type: ignore[misc]
-    sweep("rows of data", args.rows, measure_data)
+    for name, (size, shapes) in SWEEPS.items():
+        sweep(name, size, [partial(measure, BASE | shape, args.times) for shape in shapes])
+    sweep("rows of data", "rows", [partial(measure_data, count) for count in args.rows])
     (args.out / "scaling.json").write_text(json.dumps(found, indent=1))
     print("| | from | to | slope of time | slope of memory |\n| --- | --- | --- | --- | --- |")
     for name, one in found.items():
-        # A model grows by its parameters, which its hidden size is only the root of.
-        sizes = one["parameters"] if name.startswith("model") else one["sizes"]
+        sizes = one["sizes"]
         slopes = [slope(sizes, one[what]) for what in ("seconds", "bytes")]
         print(f"| {name} | {sizes[0]:,.0f} | {sizes[-1]:,.0f} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
     if args.picture:
