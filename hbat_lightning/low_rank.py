@@ -16,22 +16,27 @@ from torch import Tensor, nn
 
 
 class _AddProduct(torch.autograd.Function):
-    """``total += scale · rows @ weight.T``, in the place of ``total`` ``(N, O)``; ``(N, r)``, ``(O, r)``."""
+    """``total += scale · rows @ weight.T``, in the place of ``total`` ``(…, O)``; ``(…, r)``, ``(O, r)``.
+
+    ``total`` is contiguous and no view: autograd would copy the gradient of what a view is of, several times.
+    """
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, rows: Tensor, weight: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(rows, weight)
         ctx.mark_dirty(total)
-        return total.addmm_(rows, weight.T, alpha=scale)
+        total.view(-1, total.shape[-1]).addmm_(rows.flatten(0, -2), weight.T, alpha=scale)
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows, weight = ctx.saved_tensors
         to_total, to_rows, to_weight, _ = ctx.needs_input_grad
-        d_rows = (gradient @ weight).mul_(ctx.scale) if to_rows else None
-        d_weight = (gradient.T @ rows).mul_(ctx.scale) if to_weight else None
+        flat = gradient.flatten(0, -2)
+        d_rows = (flat @ weight).mul_(ctx.scale).view(rows.shape) if to_rows else None
+        d_weight = (flat.T @ rows.flatten(0, -2)).mul_(ctx.scale) if to_weight else None
         return gradient if to_total else None, d_rows, d_weight, None
 
 
@@ -48,9 +53,10 @@ class _InOneProduct(LoraVariant):  # type: ignore[misc]
             dtype = result.dtype if torch.is_autocast_enabled(x.device.type) else product.dtype
             return torch.add(result, product.to(dtype))
         # What a bias has been added to may be a view of another shape, and what is a view is not for others to write to.
-        total = result.clone() if result._is_view() else result
+        ours = result.is_contiguous() and not result._is_view()
+        total = result if ours else result.clone(memory_format=torch.contiguous_format)
         apply: Callable[..., Tensor] = _AddProduct.apply
-        return apply(total.flatten(0, -2), rows.flatten(0, -2), up.weight.to(rows.dtype), scale).view(result.shape)
+        return apply(total, rows, up.weight.to(rows.dtype), scale)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
