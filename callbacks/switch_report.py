@@ -149,11 +149,18 @@ class SwitchReport(PhaseCallback):
 
 def _held_out(step: int, module: AlignmentModule) -> dict[str, Any]:
     figures = {}
-    for objective, parts in module.validation_parts.items():
-        rows = module.data.val_sets[objective].digest
+    for slot, parts in module.validation_parts.items():
+        objective, data, policy = module.objectives[slot], module.data, module.policy
+        together = f", {data.val_batch_size} at a time" if data.kinds[slot].together else ""
+        start = f", from {policy.base_fingerprint} {policy.adapter_path or ''}" if objective.references else ""
         for name, values in parts.items():
             sums, counts = zip(*values, strict=True) if values else ((), ())
-            figures[f"val/{objective}/{name}"] = {"rows": rows, "sums": sums, "counts": counts}
+            figures[f"val/{slot}/{name}"] = {
+                "rows": data.val_sets[slot].digest + together,
+                "scale": objective.held_out_scale(name) + start,
+                "sums": sums,
+                "counts": counts,
+            }
     return {"step": step, "figures": figures}
 
 

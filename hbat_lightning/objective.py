@@ -36,6 +36,9 @@ class Objective(Protocol):
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """Of held-out rows, each for itself where that can be: intervals are drawn from rows, else from micro-batches."""
 
+    def held_out_scale(self, figure: str) -> str:
+        """What a held-out figure depends on beside rows and policy, in words: where they differ, figures do not compare."""
+
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """See the held-out rows once, with the scores of the initial policy."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,23 +14,24 @@ from hbat_lightning.comparison.charts import (
     Frame,
     Line,
     Point,
-    Spot,
     bar_chart,
     frame_of,
     heat_map,
     line_chart,
     scatter,
 )
-from hbat_lightning.comparison.runs import FORGOTTEN, Run
-from hbat_lightning.comparison.table import Figure, about_intervals, format_cell, format_lead, held_out_spread
-from hbat_lightning.metrics import bootstrap
+from hbat_lightning.comparison.pareto import HEIGHTS, spots_of
+from hbat_lightning.comparison.runs import FORGOTTEN, OTHER, Run
+from hbat_lightning.comparison.table import (
+    Figure,
+    about_intervals,
+    format_cell,
+    format_lead,
+)
 from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SHORT = {INSTRUCTION: "instr.", PREFERENCE: "pref.", BOTH: "both"}
-_OTHER = {INSTRUCTION: PREFERENCE, PREFERENCE: INSTRUCTION}
-# What stands for reward in the picture of ROUGE against reward: the first that most runs have.
-HEIGHTS = ("reward", "reward_win_rate", "judge_win_rate", "val/preference/reward", "val/preference/accuracy")
 
 
 class _Section(NamedTuple):
@@ -213,10 +213,10 @@ def _forgetting(runs: Sequence[Run]) -> _Section:
             continue
         expected = [_interference(run, kind) for run in runs] if figure.endswith("/loss") else []
         frame = frame_of([*changes, *expected], _end(runs), zero=True)
-        shown += f"<h3>change of {escape(figure)} by {_OTHER[kind]} phases</h3>"
+        shown += f"<h3>change of {escape(figure)} by {OTHER[kind]} phases</h3>"
         shown += _panels(runs, partial(_forgetting_chart, kind=kind, figure=figure, frame=frame))
     keys = [(INSTRUCTION, "instruction figure"), (PREFERENCE, "preference figure")]
-    if any(_interference(run, kind) for run in runs for kind in _OTHER):
+    if any(_interference(run, kind) for run in runs for kind in OTHER):
         keys.append(("expected", "pale: first order, from GradientConflict"))
     about = "What each phase did to the objective that it did not train: a loss that rises, an accuracy that falls."
     return _Section("forgetting", "Forgetting at each switch", about, shown and _legend(*keys) + shown)
@@ -234,7 +234,7 @@ def _forgetting_chart(run: Run, kind: str, figure: str, frame: Frame) -> str:
 
 def _interference(run: Run, kind: str) -> list[Point]:
     """What the phases of the other objective were predicted to change of a loss."""
-    rows = [row for row in run.conflict if row["ends"] and row["objective"] == _OTHER[kind]]
+    rows = [row for row in run.conflict if row["ends"] and row["objective"] == OTHER[kind]]
     return [(float(row["step"]), row["all"]["interference"]) for row in rows if "interference" in row["all"]]
 
 
@@ -313,7 +313,7 @@ def _conflict(runs: Sequence[Run]) -> list[_Section]:
 
 def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     about = "Up and to the right is better. The dotted line joins the runs that no other beats in both."
-    spots = {name: _spots(runs, name, confidence) for name in HEIGHTS}
+    spots = {name: spots_of(runs, name, confidence) for name in HEIGHTS}
     label = max(spots, key=lambda name: len(spots[name]))  # one figure for all, that as many as can be have
     if not spots[label]:
         return _Section("pareto", "", "", "")
@@ -324,26 +324,3 @@ def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     chart = scatter("ROUGE-L against reward", ("ROUGE-L", label), spots[label])
     content = f'<div class="panels"><figure><figcaption>{escape(label)} over ROUGE-L</figcaption>{chart}</figure></div>'
     return _Section("pareto", "ROUGE against reward", about, content)
-
-
-def _spots(runs: Sequence[Run], name: str, confidence: float) -> list[Spot]:
-    pairs = [(_spread(run, "rougeL", confidence), _height(run, name, confidence)) for run in runs]
-    return [
-        Spot(run.name, f"run{number % 6}", across, up)
-        for number, (run, (across, up)) in enumerate(zip(runs, pairs, strict=True))
-        if across and up and all(map(math.isfinite, (*across, *up)))
-    ]
-
-
-def _spread(run: Run, name: str, confidence: float) -> Sequence[float] | None:
-    values = list(run.scores.get(name, {}).values())
-    return bootstrap(values, confidence)[:3] if values else None
-
-
-def _height(run: Run, name: str, confidence: float) -> Sequence[float] | None:
-    """With its interval where it has one; at the end of the run where it is of held-out rows."""
-    points = run.held_out(name) if name.startswith("val/") else []
-    if not points:
-        return _spread(run, name, confidence)
-    spread = held_out_spread(run, name, confidence)
-    return (points[-1][1],) * 3 if spread is None else spread[:3]

@@ -22,6 +22,7 @@ from hbat_lightning.metrics_logger import read_rows
 from hbat_lightning.phases import INSTRUCTION, PREFERENCE
 from hbat_lightning.privacy import without_secret_settings
 
+OTHER = {INSTRUCTION: PREFERENCE, PREFERENCE: INSTRUCTION}
 Row = dict[str, Any]
 Key = tuple[str, int]
 """A prompt, and how many rows before it have the same one."""
@@ -48,13 +49,19 @@ class HeldOut:
 
     Attributes:
         rows: Digest of the set of held-out rows.
+        scale: What it depends on beside rows and policy.
         sums: Of each row, or micro-batch.
         counts: How many units each is a sum of.
     """
 
     rows: str
+    scale: str
     sums: list[float]
     counts: list[float]
+
+    def compares_with(self, other: HeldOut) -> bool:
+        """Whether both measured the same thing on the same rows."""
+        return (self.rows, self.scale, self.counts) == (other.rows, other.scale, other.counts)
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ class Run:
         return points or self.curve(figure)
 
     def forgetting(self, figure: str, objective: str) -> list[tuple[int, float]]:
-        """Changes of a figure in the phases of the objective that it is not of, by their last steps."""
-        own = [row for row in self.switches if row["objective"] != objective and figure in row["change"]]
+        """Changes of a figure in the phases of the other objective alone, by their last steps."""
+        own = [row for row in self.switches if row["objective"] == OTHER[objective] and figure in row["change"]]
         return [(row["step"], row["change"][figure]) for row in own]
 
     def by_layer(self, what: str) -> list[dict[str, float]]:

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from hbat_lightning.comparison.runs import FORGOTTEN, Run
 from hbat_lightning.metrics import Interval, bootstrap, paired_bootstrap
@@ -92,7 +93,8 @@ def about_intervals(confidence: float) -> str:
     """What intervals are of, and which figures have none."""
     return (
         f"Intervals are of {confidence:.0%}, from a bootstrap over held-out rows or prompts. They know nothing of other seeds. "
-        f"Fewer than {MIN_ROWS} rows have none, and other figures neither."
+        f"Fewer than {MIN_ROWS} have none, and other figures neither. Held-out figures of two runs are compared where rows, "
+        "loss, reference and reward are the same."
     )
 
 
@@ -118,6 +120,12 @@ def held_out_spread(run: Run, name: str, confidence: float) -> Interval | None:
     if own is None or sum(count > 0 for count in own.counts) < MIN_ROWS:
         return None
     return bootstrap(own.sums, confidence, counts=own.counts)
+
+
+def answer_spread(run: Run, name: str, confidence: float) -> Interval | None:
+    """Interval of a mean over answers; none where there are too few."""
+    values = list(run.scores.get(name, {}).values())
+    return bootstrap(values, confidence) if len(values) >= MIN_ROWS else None
 
 
 def format_cell(cell: Cell) -> str:
@@ -192,7 +200,7 @@ def _of_held_out(name: str, runs: Sequence[Run], values: Sequence[dict[str, floa
     cells, first = [], runs[0].rows.get(name)
     for run, figures in zip(runs, values, strict=True):
         own, spread, lead = run.rows.get(name), held_out_spread(run, name, confidence), None
-        if own and spread and first and run is not runs[0] and (own.rows, own.counts) == (first.rows, first.counts):
+        if own and spread and first and run is not runs[0] and own.compares_with(first):
             lead = paired_bootstrap(own.sums, first.sums, confidence, counts=own.counts)
         cells.append(Cell(figures.get(name), spread, lead))
     return Figure(AT_END, name, tuple(cells))
@@ -203,17 +211,10 @@ def _of_answers(name: str, runs: Sequence[Run], confidence: float) -> Figure:
     cells = []
     for run in runs:
         own = run.scores.get(name, {})
-        if not own:
-            cells.append(Cell(None))
-            continue
-        spread, shared = bootstrap(list(own.values()), confidence), [key for key in own if key in first]
-        paired = bool(shared) and run is not runs[0]
-        lead = (
-            paired_bootstrap([own[key] for key in shared], [first[key] for key in shared], confidence)
-            if paired
-            else None
-        )
-        cells.append(Cell(spread.value, spread, lead))
+        shared, spread, lead = [key for key in own if key in first], answer_spread(run, name, confidence), None
+        if spread and len(shared) >= MIN_ROWS and run is not runs[0]:
+            lead = paired_bootstrap([own[key] for key in shared], [first[key] for key in shared], confidence)
+        cells.append(Cell(mean(own.values()) if own else None, spread, lead))
     return Figure(ANSWERS, name, tuple(cells))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ class Opponents:
 
     def __init__(self, against: str | None = None) -> None:
         self.against = against
-        self._found: dict[str, str] | None = None
+        self._found: dict[str, list[str]] | None = None
+        self._asked: Counter[str] = Counter()
 
     def of(self, answers: Sequence[Completed]) -> list[str | None]:
-        """The other answer to each prompt; ``None`` where the data hold none.
+        """The other answer to each prompt; ``None`` where the data hold none. A prompt's several answers are taken in turn.
 
         Raises:
             UserError: The other run's file cannot be read, or does not know a prompt.
@@ -36,13 +38,22 @@ class Opponents:
                 f"{self.against} has no completion of the prompt {missing[:60]!r}: make it with hbat predict on the same "
                 "held-out rows (the same data, val settings and seed)"
             )
-        return [known[answer.prompt] for answer in answers]
+        return [self._next(answer.prompt, known[answer.prompt]) for answer in answers]
 
-    def _read(self, against: str) -> dict[str, str]:
+    def _next(self, prompt: str, others: Sequence[str]) -> str:
+        self._asked[prompt] += 1
+        return others[(self._asked[prompt] - 1) % len(others)]
+
+    def _read(self, against: str) -> dict[str, list[str]]:
         if self._found is None:
             try:
-                rows = [json.loads(line) for line in Path(against).read_text(encoding="utf-8").splitlines()]
-                self._found = {row["prompt"]: row["completion"] for row in rows}
+                # Not splitlines: an answer may hold one of the other characters that end a line for Unicode.
+                rows = [
+                    json.loads(line) for line in Path(against).read_text(encoding="utf-8").split("\n") if line.strip()
+                ]
+                self._found = {}
+                for row in rows:
+                    self._found.setdefault(row["prompt"], []).append(row["completion"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{against} is no predictions.jsonl ({error}): give one that hbat predict wrote"

@@ -94,6 +94,10 @@ class ObjectiveModule(AlignmentModule):
         """Its loss."""
         return Progress(means["loss"])
 
+    def held_out_scale(self, figure: str) -> str:
+        """The loss with its settings."""
+        return self.describe()
+
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Nothing to prepare, unless evaluation compares with the initial policy."""
 

@@ -8,6 +8,8 @@ from hbat_lightning.functional import dpo_loss, hinge_loss, ipo_loss, robust_dpo
 from hbat_lightning.objectives.pairwise import Comparison, Pairs, ReferencePairwiseModule
 from hbat_lightning.policy import Reference
 
+_PER_TOKEN = "mean log-ratios per token"
+
 
 class DPOModule(ReferencePairwiseModule):
     """Preference training by DPO (Rafailov et al. 2023, eq. 7), a mean over the window's pairs.
@@ -98,8 +100,12 @@ class IPOModule(ReferencePairwiseModule):
 
     def describe(self) -> str:
         """See :meth:`~hbat_lightning.objectives.base.ObjectiveModule.describe`."""
-        of = "mean log-ratios per token" if self.per_token else "summed log-ratios"
+        of = _PER_TOKEN if self.per_token else "summed log-ratios"
         return f"IPO: beta {self.beta:g}, of {of}, reference {self.reference}"
+
+    def held_out_scale(self, figure: str) -> str:
+        """See :meth:`ReferencePairwiseModule.held_out_scale`; of means, another answer may be the likelier one."""
+        return _PER_TOKEN if self.per_token and figure == "accuracy" else super().held_out_scale(figure)
 
     def compare(self, pairs: Pairs) -> Comparison:
         """See :func:`~hbat_lightning.functional.ipo_loss`."""

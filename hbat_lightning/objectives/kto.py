@@ -82,18 +82,17 @@ class KTOModule(ObjectiveModule):
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """See :meth:`ObjectiveModule.loss`. Rows without a supervised token count for nothing."""
         reference = policy.score_reference(inputs, self.reference).row_sums().view(2, -1)
-        values = self._values(policy, inputs, reference)
-        return {name: (value.sum(), count.sum()) for name, (value, count) in values.items()}
+        return self._sums(policy, inputs, reference)
 
     def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
-        """The same against the initial policy."""
-        return self._values(policy, inputs, self._initial.of(inputs))
+        """The same against the initial policy; rows of a micro-batch share a reference point, so they are not told apart."""
+        return self._sums(policy, inputs, self._initial.of(inputs))
 
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Keep the initial policy's log-probabilities of the held-out answers and of their mismatches."""
         self._initial.keep(score, batches)
 
-    def _values(self, policy: Policy, inputs: dict[str, Tensor], reference: Tensor) -> Sums:
+    def _sums(self, policy: Policy, inputs: dict[str, Tensor], reference: Tensor) -> Sums:
         matched, mismatched = _halves(inputs)
         real = (matched["labels"][:, 1:] != IGNORE).any(-1)
         # The pass with a graph comes first: under autocast, older releases of torch keep the casts of weights from a pass
@@ -108,14 +107,14 @@ class KTOModule(ObjectiveModule):
         )
         lead = (rewards - self.beta * point) * torch.where(desirable, 1.0, -1.0)
         ties = lead.abs() <= self.beta * ROUNDING
-        every = torch.ones_like(lead)
+        count = real.sum()
         return {
-            "loss": (losses, every),
-            "accuracy": (((lead > 0) & ~ties) + 0.5 * ties, every),
-            "chosen_reward": (rewards * desirable, desirable),
-            "rejected_reward": (rewards * ~desirable, ~desirable),
-            "margin": (lead, every),
-            "kl": (point * every, every),
+            "loss": (losses.sum(), count),
+            "accuracy": (((lead > 0) & ~ties).sum() + 0.5 * ties.sum(), count),
+            "chosen_reward": (rewards[desirable].sum(), desirable.sum()),
+            "rejected_reward": (rewards[~desirable].sum(), (~desirable).sum()),
+            "margin": (lead.sum(), count),
+            "kl": (point * count, count),
         }
 
 

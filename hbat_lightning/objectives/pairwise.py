@@ -142,6 +142,10 @@ class ReferencePairwiseModule(PairwiseModule):
         won = (compared.chosen_rewards > compared.rejected_rewards) & ~ties
         return of_each(_values(compared) | {"accuracy": won + 0.5 * ties})
 
+    def held_out_scale(self, figure: str) -> str:
+        """Which answer is the likelier one, measured from where the run began, is the same question for all losses."""
+        return "sums of log-ratios" if figure == "accuracy" else super().held_out_scale(figure)
+
     def prepare_evaluation(self, score: Scorer, batches: Iterable[dict[str, Tensor]]) -> None:
         """Keep the initial policy's log-probabilities of the held-out pairs, in their order."""
         self._initial.keep(score, batches)

@@ -130,6 +130,10 @@ class RolloutModule(ObjectiveModule):
         """The reward."""
         return {"reward": self.reward.identity()}
 
+    def held_out_scale(self, figure: str) -> str:
+        """The reward, and how long greedy completions may be."""
+        return f"{self.reward.identity()[0]}, up to {self.sampling.max_new_tokens} tokens"
+
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
     def roll_out(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hbat_lightning.cli import main
-from hbat_lightning.comparison.runs import read_runs
+from hbat_lightning.comparison.runs import Run, read_runs
 from hbat_lightning.comparison.table import compare
 from hbat_lightning.metrics import paired_bootstrap
 from tests.test_cli import CONFIGS, small_hybrid
@@ -141,6 +141,28 @@ def test_held_out_figures_have_intervals_paired_row_by_row(compared: Path) -> No
         )
 
 
+def test_what_trained_both_objectives_at_once_forgot_nothing_at_a_switch() -> None:
+    def phase(objective: str, change: float) -> dict[str, Any]:
+        return {"objective": objective, "step": 4, "steps": 4, "change": {"val/instruction/loss": change}}
+
+    run = Run("run", switches=[phase("both", -1.0), phase("instruction", -2.0), phase("preference", 0.5)])
+    assert run.forgetting("val/instruction/loss", "instruction") == [(4, 0.5)]
+    names = [(one.group, one.name) for one in compare([Run("joint", switches=[phase("both", -1.0) | {"after": {}}])])]
+    assert not [name for group, name in names if "other's phases" in group]
+
+
+def test_few_answers_have_no_interval(compared: Path, tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        rows = (compared / run / "predictions.jsonl").read_text().splitlines(keepends=True)[:9]
+        (tmp_path / run / "predictions.jsonl").write_text("".join(rows))
+    runs = read_runs([tmp_path / "first", tmp_path / "second"])
+    (length,) = (figure for figure in compare(runs) if figure.name == "length")
+    assert length.cells[1].value == mean(answer.tokens for answer in runs[1].answers.values())
+    assert [cell.spread for cell in length.cells] == [None, None]
+    assert length.cells[1].lead is None
+
+
 def test_no_interval_of_other_rows_or_of_few(compared: Path, tmp_path: Path) -> None:
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
@@ -149,6 +171,7 @@ def test_no_interval_of_other_rows_or_of_few(compared: Path, tmp_path: Path) -> 
     path = tmp_path / "second" / "held_out.json"
     kept = json.loads(path.read_text())
     kept["figures"]["val/instruction/loss"]["rows"] = "others"
+    kept["figures"]["val/preference/margin"]["scale"] += ", beta 0.3"
     for part in ("sums", "counts"):
         kept["figures"]["val/preference/loss"][part] = kept["figures"]["val/preference/loss"][part][:9]
     path.write_text(json.dumps(kept))
@@ -156,8 +179,10 @@ def test_no_interval_of_other_rows_or_of_few(compared: Path, tmp_path: Path) -> 
         (one.group, one.name): one.cells[1] for one in compare(read_runs([tmp_path / "first", tmp_path / "second"]))
     }
     other, few = (figures["held out, at the end", f"val/{name}/loss"] for name in ("instruction", "preference"))
-    assert other.spread is not None
-    assert other.lead is None
+    for one in (other, figures["held out, at the end", "val/preference/margin"]):
+        assert one.spread is not None
+        assert one.lead is None
+    assert figures["held out, at the end", "val/preference/accuracy"].lead is not None
     assert few.spread is None
     assert few.lead is None
     kept["step"] -= 1  # of an earlier switch

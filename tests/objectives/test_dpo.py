@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hbat_lightning import DPOModule, LoraSettings, SFTModule
+from hbat_lightning import DPOModule, IPOModule, LoraSettings, SFTModule
 from hbat_lightning.callbacks import PolicyExport
 from hbat_lightning.schedules import Interval
 from tests.support import Run
@@ -137,3 +137,12 @@ def test_a_second_fit_of_the_same_module_takes_a_new_reference(make_policy: Any,
     module = DPOModule(beta=0.5, lr=5e-3, policy=make_policy(), epochs=2)
     for _ in range(2):
         require_fresh_reference(fit(module), phases=1)
+
+
+def test_accuracies_compare_where_losses_do_not() -> None:
+    """Of another beta, or loss, only the question which answer is the likelier one is the same."""
+    one, other, ipo = DPOModule(beta=0.1), DPOModule(beta=0.3), IPOModule(beta=0.1)
+    assert one.held_out_scale("loss") != other.held_out_scale("loss")
+    assert one.held_out_scale("margin") != ipo.held_out_scale("margin")
+    assert len({module.held_out_scale("accuracy") for module in (one, other, ipo)}) == 1
+    assert IPOModule(per_token=True).held_out_scale("accuracy") != one.held_out_scale("accuracy")
