@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import runs  # noqa: E402
 import scores  # noqa: E402
 import study  # noqa: E402
 import task  # noqa: E402
+import world  # noqa: E402
 from fits import CONFIGS  # noqa: E402
 from methods import draws, read_methods  # noqa: E402
 from runs import Trial, _arguments  # noqa: E402
-from world import SMOKE  # noqa: E402
+from world import SMOKE, Sizes  # noqa: E402
 
 METHODS = read_methods()
 FACTS = task.Facts("n1", "i2", "p3", "q4", "a5")
@@ -176,13 +178,34 @@ def test_variants_change_one_thing_each_and_make_no_run_twice(tmp_path: Path) ->
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial(METHODS["two-stage DPO"], {"a": 1}, tmp_path, "test", tmp_path, 1, tmp_path)
-    (tmp_path / "result.json").write_text(json.dumps({"chosen": {"a": 1}}))
+    method = METHODS["two-stage DPO"]
+    for name in ("instruction", "preference", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{name}\n")
+    trial = Trial(method, {"a": 1}, tmp_path, "test", tmp_path, 1, tmp_path)
+    result = {"chosen": {"a": 1}, "settings": runs.fingerprint(trial)}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(runs, "fit", None)
-    assert runs.run(trial) == {"chosen": {"a": 1}}
-    (tmp_path / "result.json").write_text(json.dumps({"chosen": {"a": 2}}))
-    with pytest.raises(TypeError):  # it would train
+    assert runs.run(trial) == result
+    changed: list[dict[str, Any]] = [
+        {"chosen": {"a": 2}},
+        {"method": replace(method, options={"b": 1})},
+        {"method": replace(method, layers=("joint.yaml",))},
+        {"full": True},
+    ]
+    for other in changed:
+        with pytest.raises(TypeError):  # it would train
+            runs.run(replace(trial, **other))
+    (tmp_path / "preference.jsonl").write_text("others\n")
+    with pytest.raises(TypeError):
         runs.run(trial)
+
+
+def test_a_world_of_other_sizes_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / "world-1").mkdir()
+    (tmp_path / "world-1" / "world.json").write_text(json.dumps({"seed": 1, **asdict(SMOKE)}))
+    assert world.make_world(tmp_path, 1, SMOKE) == tmp_path / "world-1"
+    with pytest.raises(SystemExit, match="another --output"):
+        world.make_world(tmp_path, 1, Sizes())
 
 
 def test_a_front_has_what_nothing_else_beats() -> None:

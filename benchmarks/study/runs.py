@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -67,8 +68,8 @@ class Trial:
 
 def run(trial: Trial) -> dict[str, Any]:
     """Train, and judge the result; kept in ``result.json``, which is read where it is there already of the same settings."""
-    kept = trial.folder / "result.json"
-    if not kept.exists() or json.loads(kept.read_text())["chosen"] != dict(trial.chosen):
+    kept, settings = trial.folder / "result.json", fingerprint(trial)
+    if not kept.exists() or json.loads(kept.read_text()).get("settings") != settings:
         module = fit(*_arguments(trial))
         found = {
             "method": trial.method.name,
@@ -76,6 +77,7 @@ def run(trial: Trial) -> dict[str, Any]:
             "full": trial.full,
             "seed": trial.seed,
             "split": trial.split,
+            "settings": settings,
             "steps": module.trainer.global_step,
             **judge(module.policy, trial.world / f"{trial.split}.jsonl"),
         }
@@ -83,6 +85,16 @@ def run(trial: Trial) -> dict[str, Any]:
         shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
     result: dict[str, Any] = json.loads(kept.read_text())
     return result
+
+
+def fingerprint(trial: Trial) -> str:
+    """A digest of all that a result depends on but the code: the settings, and the rows of the world."""
+    method = trial.method
+    parts = [method.layers, dict(method.options), dict(trial.chosen), trial.full, trial.seed, trial.split]
+    whole = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8)
+    for name in ("instruction", "preference", trial.split):
+        whole.update((trial.world / f"{name}.jsonl").read_bytes())
+    return whole.hexdigest()
 
 
 def _arguments(trial: Trial) -> tuple[list[str], Path, int, dict[str, Any]]:

@@ -156,7 +156,9 @@ def _gentler(method: Method) -> dict[str, list[Any]]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument(
+        "--output", type=Path, help="folder of everything; runs/study, or with --smoke runs/study-smoke"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone, and sft")
     parser.add_argument("--seeds", type=int, default=5, help="final seeds")
     parser.add_argument("--draws", type=int, default=9, help="tried of each method")
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args()
     methods = read_methods()
+    given.output = given.output or Path("runs/study-smoke" if given.smoke else "runs/study")
     if given.smoke:
         given.methods = given.methods or ["two-stage DPO", "Hbat-DPO, drift"]
         plan = Plan(given.output, SMOKE, (1,), (11,), 1)
@@ -183,7 +186,9 @@ def main() -> None:
     methods = {name: method for name, method in methods.items() if name in wanted}
     runs = given.output / "runs"
     if given.known:
-        print(f"{bring_back(given.known, runs)} runs are known from {given.known}")
+        print(
+            f"{bring_back(given.known, runs)} results are in {given.known}; those of the same settings and worlds count"
+        )
     try:
         for results in carry_out(plan, methods, Workers(given.workers), not given.smoke):
             report(given.output, results)

@@ -63,7 +63,10 @@ def make_world(folder: Path, seed: int, sizes: Sizes) -> Path:
     """
     world = folder / f"world-{seed}"
     done = world / "world.json"
+    made = {"seed": seed, **asdict(sizes)}
     if done.exists():
+        if json.loads(done.read_text()) != made:
+            raise SystemExit(f"{world} is a world of other sizes: give another --output, or remove it")
         return world
     world.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"study {seed}")
@@ -77,7 +80,7 @@ def make_world(folder: Path, seed: int, sizes: Sizes) -> Path:
     reward = {"data.preference.path": world / "preference.jsonl", "model.optimizer.lr": 3e-3}
     fit(["reward.yaml"], world / "reward-run", seed, {**in_world(world), **held_out(world, "preference"), **reward})
     (world / "reward-run" / "adapter").rename(world / "reward")
-    done.write_text(json.dumps({"seed": seed, **asdict(sizes)}))
+    done.write_text(json.dumps(made))
     return world
 
 
