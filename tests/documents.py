@@ -46,6 +46,12 @@ def commands() -> Iterator[str]:
     yield from commands_of_lines([re.sub(r"^#", "", (ROOT / name).read_text(), flags=re.MULTILINE) for name in CONFIGS])
 
 
+def options() -> set[str]:
+    """Every option that README and docs name between backticks without its command, with the values it has there."""
+    prose = (_FENCE.sub("", text) for text in [README, *(path.read_text() for path in DOCS)])
+    return {option for text in prose for option in re.findall(r"`([^`\n]*)`", text) if option.startswith("--")}
+
+
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 

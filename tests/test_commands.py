@@ -1,4 +1,5 @@
 """Every ``hbat …`` of README, docs and configurations is carried out: two steps of it, on a tiny model and few rows.
+Options that stand there without a command are understood behind one.
 
 The first command of a configuration's header is carried out in ``test_configs.py``; of the one for four devices,
 ``test_several_processes.py`` has the like with two.
@@ -11,14 +12,15 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from hbat_lightning.cli import main, make_cli
+from hbat_lightning.cli import HbatCLI, main, make_cli
 from hbat_lightning.data import embedded
-from tests.documents import CONFIGS, ROOT, commands
+from tests.documents import CONFIGS, ROOT, commands, options
 from tests.published_rows import ROWS, small_data
 from tests.test_configs import layers
 from tests.tiny_models import Chat, byte_tokenizer, save_bart, serving
@@ -137,3 +139,59 @@ def test_every_command_is_carried_out(
             "compare": [],
         }
         main([*arguments, *others.get(verb, CPU)])
+
+
+# ---- options without a command --------------------------------------------------------------------------------------
+
+# Not of fit: the command whose help has them.
+OF_ANOTHER_COMMAND = {"--budget": "plan", "--base dequantized": "export", "--dtype": "export", "--prompts": "export"}
+OF_ANOTHER_PROGRAM = {
+    "--signal=USR1@300": "SLURM's sbatch",
+    "--apply_chat_template": "lm-eval",
+    "--disable_prompt_loss": "the code of ORPO's authors",
+}
+OF_FIT = sorted(options() - OF_ANOTHER_COMMAND.keys() - OF_ANOTHER_PROGRAM.keys())
+
+
+class Built(HbatCLI):
+    """A command up to where it would begin."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _settings(more: list[str], folder: Path) -> dict[str, Any]:
+    """Of a fit with further options, from which everything has been built."""
+    quiet = ["--trainer.logger", "false", "--trainer.default_root_dir", str(folder)]
+    arguments = ["fit", "--config", "configs/hbat_dpo.yaml", *CPU, *quiet, *more]
+    settings: dict[str, Any] = make_cli(arguments, cli=Built).config["fit"].as_dict()
+    return {key: value for key, value in settings.items() if key != "config"}  # names of files, not what they say
+
+
+@pytest.mark.parametrize("option", [option for option in OF_FIT if " " in option])
+def test_every_option_changes_what_is_run(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert _settings(shlex.split(option), tmp_path) != _settings([], tmp_path)
+
+
+@pytest.mark.parametrize("option", [option for option in OF_FIT if " " not in option])
+def test_every_key_is_one(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one setting, or of all below it."""
+    monkeypatch.chdir(ROOT)
+    found: Any = _settings([], tmp_path)
+    for key in option.removeprefix("--").split("."):
+        found = found.get("init_args", found)
+        assert key in found
+        found = found[key]
+
+
+@pytest.mark.parametrize("option", OF_ANOTHER_COMMAND)
+def test_options_of_other_commands_are_in_their_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([OF_ANOTHER_COMMAND[option], "--help"])
+    told = capsys.readouterr().out
+    assert all(part in told for part in option.split())
+
+
+def test_options_that_are_left_out_are_still_there() -> None:
+    assert OF_ANOTHER_COMMAND.keys() | OF_ANOTHER_PROGRAM.keys() <= options()

@@ -1,4 +1,4 @@
-"""What ``docs/`` says is so: links lead somewhere, and the tables of logged columns are what is really logged."""
+"""What ``docs/`` says is so: links lead somewhere, code runs, and the tables of logged columns are what is really logged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from pathlib import Path
 import pytest
 
 from hbat_lightning.cli import main
-from tests.documents import DOCS, METHODS, ROOT, anchors, columns, commands_in, links
+from tests.documents import DOCS, METHODS, ROOT, anchors, columns, commands_in, fences, links
 
 MARKDOWN = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *DOCS]
 ALONE = {"sft": "instruction", "dpo": "preference", "ppo": "preference", "reward": "preference"}
 ONE_EPOCH = "--model.schedule.instruction_epochs 1 --model.schedule.rounds 1"
 ONE_STEP = "--model.schedule.rounds 1 --model.schedule.steps 2"
+TWO_STAGE = (
+    "hbat fit --config configs/two_stage_dpo.yaml",
+    "hbat fit --config configs/two_stage_dpo.yaml --trainer.callbacks+=ElasticWeightConsolidation",
+    "hbat fit --config configs/hbat_ppo.yaml --config configs/two_stage_ppo.yaml",
+)
 
 # Of each page commands that together log every column of its table, and what makes them short; and the pages whose
 # columns they log besides.
@@ -69,7 +74,7 @@ RUNS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         },
         ("sft", "dpo"),
     ),
-    "two_stage": ({"hbat fit --config configs/two_stage_dpo.yaml": ONE_EPOCH}, ("sft", "dpo", "hbat")),
+    "two_stage": (dict.fromkeys(TWO_STAGE, ONE_EPOCH), ("sft", "dpo", "ppo", "hbat")),
     "schedules": (
         {
             "hbat fit --config configs/two_stage_dpo.yaml --config configs/alright.yaml": ONE_STEP,
@@ -114,6 +119,30 @@ def test_pages_name_files_that_exist() -> None:
             r"`((?:hbat_lightning|configs|tests|callbacks|notebooks|benchmarks)/[\w/]*\.\w+)`", text
         ):
             assert (ROOT / name).is_file(), f"{path.name}: {name}"
+
+
+def test_every_defect_of_the_official_code_is_told_where_the_table_says() -> None:
+    index = ROOT / "docs" / "methods" / "README.md"
+    rows = re.findall(r"^\| (D\d+) \| [^|]+ \| \[\w+\]\((\w+\.md)#[\w-]+\) \|$", index.read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == [f"D{number}" for number in range(1, 24)]
+    untold = [row for row in rows if not re.search(rf"\b{row[0]}\b", (index.parent / row[1]).read_text())]
+    assert untold == []
+    used = {number for path in DOCS for number in re.findall(r"\bD\d+\b", path.read_text())}
+    assert used == {number for number, _ in rows}, "a page has a number that the table has not"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCS if fences("python", path.read_text())], ids=lambda path: path.stem
+)
+def test_python_of_the_pages_prints_what_it_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in fences("python", path.read_text()):
+        exec(compile(code, path.name, "exec"), {"__name__": path.stem})
+        expected = re.findall(r"^print\(.*\)  # (.+)$", code, re.MULTILINE)
+        assert expected
+        assert capsys.readouterr().out.splitlines() == expected
 
 
 def said_by_the_code() -> str:
@@ -188,3 +217,15 @@ def test_columns_are_those_that_are_logged(name: str, logged: Callable[[str, str
     assert columns(text) - found == set(), "in the table, and not logged"
     assert found - columns(text) - elsewhere == set(), "logged, and in no table"
     assert common <= found, "every run has these"
+
+
+def test_two_stages_log_what_their_page_promises(logged: Callable[[str, str], frozenset[str]]) -> None:
+    """Which has no table of its own: the other pages' columns, each with the command that its sentence is about."""
+    dpo, with_ewc, ppo = (logged(command, ONE_EPOCH) for command in TWO_STAGE)
+    sft = columns(page("sft"))
+    alone = logged("hbat fit --config configs/dpo.yaml", "")  # without what only DPO's relatives log
+    assert sft | columns(page("dpo")) & alone <= dpo
+    assert sft | columns(page("ppo")) <= ppo
+    ewc = {name for name in columns(page("hbat")) if name.startswith("ewc/")}
+    assert ewc
+    assert with_ewc - dpo == ewc
