@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,15 @@ def seen_first(run: Run, name: str) -> Tensor:
     "settings", [{"lora": NOISY, "gradient_checkpointing": True}, {"lora": None}], ids=["lora", "full"]
 )
 def test_a_run_ends_with_the_same_bits_with_and_without(
-    settings: Any, make_policy: Any, make_hybrid: Any, fit: Any, tmp_path: Path
+    settings: Any,
+    make_policy: Any,
+    make_hybrid: Any,
+    fit: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
+
     def run(*callbacks: Any) -> Run:
         module = make_hybrid(make_policy(**settings), schedule=Interval(2, 3, 2), optimizer_state="per_objective")
         torch.manual_seed(3)
@@ -146,6 +154,7 @@ def test_a_run_ends_with_the_same_bits_with_and_without(
 
     plain, watched = run(), run(GradientConflict(rows=4, every_n_steps=2))
     assert len(rows_of(tmp_path)) == 7
+    assert re.search(r"gradient conflict: 7 measurements took \d+\.\d s", caplog.text)
     assert same_bits(plain.weights, watched.weights)
     for name in ("train/instruction/loss", "train/preference/loss", "val/preference/loss"):
         assert plain.log.column(name) == watched.log.column(name), name
