@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -40,3 +41,16 @@ def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     client.execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert not (path.parent / "runs").exists(), "it writes beside itself"
+
+
+def test_with_a_gpu_qlora_asks_for_pairs_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith("3_"))
+    notebook = nbformat.read(path, as_version=4)
+    pretended = nbformat.v4.new_code_cell("import torch\n\ntorch.cuda.is_available = lambda: True")
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    notebook.cells = [pretended, first]
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    with pytest.raises(CellExecutionError, match="set `preferences`"):
+        client.execute()
