@@ -28,6 +28,12 @@ def numbers(line: str) -> list[float]:
     return [float(found.replace(",", "")) for found in re.findall(r"-?\d[\d,]*(?:\.\d+)?", line)]
 
 
+def cells(table: str) -> list[list[str]]:
+    """Of a table in Markdown: its head, then its rows."""
+    lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_how_cost_grows(tmp_path: Path) -> None:
     text = run(
         "scaling", tmp_path, "--first", "2", "--rows", "100", "1000", "--times", "1", "--picture", tmp_path / "p.png"
@@ -58,16 +64,37 @@ def test_rollouts(tmp_path: Path) -> None:
     assert sum(numbers(text.splitlines()[-1])) == pytest.approx(100, abs=2)  # shares of a step
 
 
+def test_rewards(tmp_path: Path) -> None:
+    """One seed of an objective that samples once per prompt, and so makes the fewest steps."""
+    files = ("--output", tmp_path / "runs", "--table", tmp_path / "table.md")
+    run("rewards", "--seeds", "1", "--objectives", "reinforce", *files)
+    names, row = cells((tmp_path / "table.md").read_text())
+    assert row[0] == "reinforce"
+    figures = {name: numbers(cell)[0] for name, cell in zip(names[1:-1], row[1:-1], strict=True)}
+    assert figures["steps"] > 0
+    assert 0 < figures["greedy before"] < figures["greedy after"] <= 1  # the task's own rule gives 0 to 1
+    assert 0 < figures["sampled, first tenth"] < figures["sampled, last tenth"] <= 1
+    assert figures["KL to the start"] > 0
+
+
 def test_qlora_in_small(tmp_path: Path) -> None:
     places = ["--base", tmp_path / "base", "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
-    text = run("qlora", "--size", "8m", "--lengths", "32", *places)
-    assert "|" in (tmp_path / "table.md").read_text()
-    assert len(text.splitlines()) > 5
+    run("qlora", "--size", "8m", "--lengths", "32", *places)
+    names, row = cells((tmp_path / "table.md").read_text())
+    figures = dict(zip(names, row, strict=True))
+    assert figures["length"] == "32"
+    assert int(figures["4-bit layers"]) > 0
+    planned, allocated = (float(figures[name]) for name in ("planned (GiB)", "allocated (GiB)"))
+    assert planned > 0
+    # malloc counts more than tensors: some 0.03 GiB of this process, with rows of 32 tokens as with 512
+    assert allocated == pytest.approx(planned + 0.03, rel=0.25)
 
 
 def test_memory_of_big_files() -> None:
     text = run("big_file", "--rows", "50", "--what", "nothing", "load")
-    assert len([line for line in text.splitlines() if line.startswith("| 50 ")]) == 2
+    _, *rows = cells(text)
+    assert [(row[0], row[2]) for row in rows] == [("50", "nothing"), ("50", "load")]
+    assert all(float(figure.replace(",", "")) > 0 for row in rows for figure in row[3:])  # peak and seconds
 
 
 def test_planned_and_measured_memory() -> None:

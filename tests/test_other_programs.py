@@ -58,7 +58,7 @@ def free_port() -> int:
         return int(own.getsockname()[1])
 
 
-def run(commands: Sequence[list[str]], folder: Path, **more: str) -> list[str]:
+def run(commands: Sequence[list[str]], **more: str) -> list[str]:
     """Start all at once; what they print."""
     programs = [
         subprocess.Popen(
@@ -86,7 +86,7 @@ def require_two_processes_trained(folder: Path) -> None:
 def test_torchrun_on_one_node(tmp_path: Path) -> None:
     (command,) = (line for line in lines("torchrun") if "--nnodes" not in line)
     smaller = shlex.split(command.replace("--nproc-per-node 4", "--nproc-per-node 2").replace("devices 4", "devices 2"))
-    (text,) = run([[*smaller, *SMALL, "--trainer.default_root_dir", str(tmp_path)]], tmp_path)
+    (text,) = run([[*smaller, *SMALL, "--trainer.default_root_dir", str(tmp_path)]])
     assert "MEMBER: 2/2" in text
     require_two_processes_trained(tmp_path)
 
@@ -95,7 +95,7 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     (command,) = (line for line in lines("torchrun") if "--nnodes" in line)
     smaller = command.replace("--nproc-per-node 4", "--nproc-per-node 1").replace("devices 4", "devices 1")
     node = shlex.split(smaller.replace("HOST:29500", f"127.0.0.1:{free_port()}"))
-    texts = run([[*node, *SMALL, "--trainer.default_root_dir", str(tmp_path)] for _ in range(2)], tmp_path)
+    texts = run([[*node, *SMALL, "--trainer.default_root_dir", str(tmp_path)] for _ in range(2)])
     assert any("MEMBER: 2/2" in text for text in texts)
     require_two_processes_trained(tmp_path)
 
@@ -111,7 +111,7 @@ def test_the_job_for_slurm(tmp_path: Path) -> None:
         path = f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"
         limit = ["--trainer.max_steps", str(steps)]
         (tmp_path / "job.sh").write_text(f"{smaller.rstrip()} {shlex.join([*SMALL, *limit])}\n")
-        (text,) = run([["bash", str(tmp_path / "job.sh")]], tmp_path, PATH=path)
+        (text,) = run([["bash", str(tmp_path / "job.sh")]], PATH=path)
         assert "MEMBER: 2/2" in text
         assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == steps
 
@@ -159,7 +159,7 @@ def test_lm_eval_gets_the_answers_that_predict_gets(tmp_path: Path) -> None:
         "--output_path",
         str(tmp_path / "eval"),
     ]
-    run([[*given, *more]], tmp_path, HF_HOME=str(tmp_path / "cache"))
+    run([[*given, *more]], HF_HOME=str(tmp_path / "cache"))
     (samples,) = (tmp_path / "eval").rglob("samples_held_out_*.jsonl")
     theirs = {sample["doc"]["prompt"]: sample["resps"][0][0].strip() for sample in read(samples)}
     ours = [row["completion"].strip() for row in read(run_folder / "predictions.jsonl")]
