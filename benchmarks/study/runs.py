@@ -90,7 +90,8 @@ def run(trial: Trial) -> dict[str, Any]:
 def fingerprint(trial: Trial) -> str:
     """A digest of all that a result depends on but the code: the settings, and the rows of the world."""
     method = trial.method
-    parts = [method.layers, dict(method.options), dict(trial.chosen), trial.full, trial.seed, trial.split]
+    layers = [Path(layer).name for layer in method.layers]  # some are here, wherever this is
+    parts = [layers, dict(method.options), dict(trial.chosen), trial.full, trial.seed, trial.split]
     whole = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8)
     for name in ("instruction", "preference", trial.split):
         whole.update((trial.world / f"{name}.jsonl").read_bytes())
