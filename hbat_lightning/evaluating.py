@@ -110,7 +110,7 @@ class EvaluatingModule(LightningModule):
         """Complete held-out prompts and compare with the data's answers."""
         answers = self._complete_all(batch)
         for metric in self.completion_metrics:
-            metric.add(answers)
+            metric.update(answers, scored=True)
 
     def on_test_epoch_end(self) -> None:
         """Log what the metrics say of all completions."""

@@ -64,7 +64,7 @@ def report(folder: Path, results: Sequence[Result]) -> None:
     """
     (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
     golds = _golds(folder)
-    parts = ["# Tables of the study", "Worlds, seeds and settings: `results.jsonl`, beside the runs."]
+    parts = ["# Tables of the study", "Every run: `results.jsonl` beside the runs, and `kept.jsonl`."]
     final = [one for one in results if one["stage"] == "final"]
     for stage in ("final", "rounds", "optimizer state", "full"):
         own = [one for one in results if one["stage"] == stage]
@@ -100,7 +100,9 @@ def table(results: Sequence[Result], beside: Sequence[Result], golds: Mapping[in
         scores = {one["seed"]: score(one, golds) for one in own}
         paired = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
         difference = "" if method == BASELINE or len(paired) < 2 else interval(paired)
-        settings = ", ".join(f"{key.removeprefix('model.')} {value}" for key, value in json.loads(chosen).items())
+        settings = ", ".join(
+            f"{key.removeprefix('model.')} {_short(value)}" for key, value in json.loads(chosen).items()
+        )
         cells = [method, *figures, _spread(list(scores.values())), difference, str(own[0]["steps"]), settings]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -189,6 +191,10 @@ def draw_fronts(path: Path, tuning: Sequence[Result], golds: Mapping[int, float]
 def _golds(folder: Path) -> dict[int, float]:
     starts = [json.loads(path.read_text()) for path in sorted((folder / "runs" / SFT).glob("chosen-*/result.json"))]
     return starting_gold(starts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _spread(values: Sequence[float]) -> str:

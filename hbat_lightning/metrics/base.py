@@ -63,10 +63,11 @@ class CompletionMetric(Metric, ABC):
     def compute(self) -> dict[str, Tensor]:
         """The figures by name; those that nothing was counted for are left out."""
 
-    def update(self, answers: Sequence[Completed]) -> None:
-        """Score answers, keep the scores in them, and add them up."""
-        for answer, scores in zip(answers, self.score(answers), strict=True):
-            answer.scores |= scores
+    def update(self, answers: Sequence[Completed], scored: bool = False) -> None:
+        """Score answers, keep the scores in them, and add them up; only the latter where they have their scores."""
+        if not scored:
+            for answer, scores in zip(answers, self.score(answers), strict=True):
+                answer.scores |= scores
         self.add(answers)
 
     def notes(self) -> list[str]:
