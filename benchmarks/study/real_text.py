@@ -44,7 +44,7 @@ SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "Hbat-DPO, none": (["hbat_dpo.yaml"], ROUNDS | NO_EWC),
     "Hbat-DPO, drift": (["hbat_dpo.yaml"], ROUNDS | DRIFT),
 }
-RATES = (1e-3,)
+RATES = (2e-4, 1e-3)
 ROWS = ("instruction", "preference")
 PRECISION = {"trainer.precision": "bf16-mixed"}  # most of a step is matrix products, which AMX speeds up
 INSTRUCTION_RATE = 2e-3
