@@ -104,6 +104,7 @@ def test_a_whole_run_reaches_no_host_and_writes_only_into_its_folder(tmp_path: P
     assert [path for path in left if not path.is_relative_to(fonts)] == []
     names = {path.name for path in places["run"].iterdir()}
     expected = {"metrics.csv", "switches.jsonl", "switches.png", "checkpoints", "adapter", "predictions.jsonl"}
+    expected |= {"held_out.json"}
     assert names == expected
 
 

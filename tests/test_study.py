@@ -256,7 +256,8 @@ def test_real_text_in_small(real_data: Path, tmp_path: Path) -> None:
     assert [one["objective"] for one in switches] == ["instruction", "preference"] * 2
     added = sum(one["after"]["val/instruction/loss"] - one["before"]["val/instruction/loss"] for one in switches[1::2])
     last = switches[-1]["after"]
-    shown = [float(rows[2][place]) for place in (2, 4, 5, 7)]
+    shown = [float(rows[2][place]) for place in (2, 4, 5, 8)]
+    assert rows[2][7] == str(switches[-1]["step"])
     truth = [last["val/instruction/loss"], added, last["val/preference/accuracy"], last["val/preference/loss"]]
     assert shown == pytest.approx(truth, abs=1e-3)
     world = tmp_path / "worlds" / "world-1"
