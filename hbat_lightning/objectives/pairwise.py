@@ -94,8 +94,15 @@ class PairwiseModule(ObjectiveModule):
 
     def loss(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
         """See :meth:`ObjectiveModule.loss`. Pairs without a supervised token count for nothing."""
+        return of_all(self._compared(policy, inputs))
+
+    def evaluate(self, policy: Policy, inputs: dict[str, Tensor]) -> Sums:
+        """The same of held-out pairs, each for itself."""
+        return of_each(self._compared(policy, inputs))
+
+    def _compared(self, policy: Policy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         reference = self._reference_log_probs(policy, inputs)
-        return of_all(_values(self.compare(_real_pairs(policy.score(inputs), reference, inputs))))
+        return _values(self.compare(_real_pairs(policy.score(inputs), reference, inputs)))
 
     def _reference_log_probs(self, policy: Policy, inputs: dict[str, Tensor]) -> Tensor:
         """``(2, B)`` what training compares the policy with."""

@@ -130,21 +130,30 @@ def test_predictions_are_a_row_per_prompt(make_policy: Any, make_data: Any, make
 
 
 @pytest.mark.parametrize(
-    ("name", "sources"),
+    ("layers", "sources"),
     [
-        ("hbat_dpo", ("instruction", "preference")),
-        ("hbat_ppo", ("instruction", "preference")),
-        ("reward", ("preference",)),
+        (["hbat_dpo"], ("instruction", "preference")),
+        (["hbat_dpo", "preference/simpo"], ("instruction", "preference")),
+        (["hbat_ppo"], ("instruction", "preference")),
+        (["reward"], ("preference",)),
     ],
 )
 def test_held_out_rows_are_kept_apart_however_they_are_batched(
-    name: str, sources: tuple[str, ...], tmp_path: Path
+    layers: list[str], sources: tuple[str, ...], tmp_path: Path
 ) -> None:
     kept = []
     for size in (1, 4):
         folder = tmp_path / f"by-{size}"
         sizes = ["--data.batch_size", "4", "--data.val_batch_size", str(size)]
-        main(["fit", *config(name), *few_rows(*sources), *sizes, *in_folder(folder)])
+        main(
+            [
+                "fit",
+                *(part for layer in layers for part in config(layer)),
+                *few_rows(*sources),
+                *sizes,
+                *in_folder(folder),
+            ]
+        )
         kept.append(json.loads((folder / "held_out.json").read_text())["figures"])
         after = rows_of(folder)[-1]["after"]
         for figure, own in kept[-1].items():
