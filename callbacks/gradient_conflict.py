@@ -165,6 +165,7 @@ class GradientConflict(PhaseCallback):
             "objective": phase.objective,
             "steps": done + 1,
             "ends": ends,
+            "rows": {name: halves[name].rows for name in (INSTRUCTION, PREFERENCE)},
             "all": figures.pop(""),
             "layers": figures,
         }

@@ -328,6 +328,8 @@ class AlignmentModule(EvaluatingModule):
         adopt_state(checkpoint, self.policy, training, own_parameters(self), other_base)
         if not training:
             warn_of_other_text(checkpoint, self, self.data)
+            # What is logged of it then stands at the step that it was saved after, as in the run's own log.
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, checkpoint["global_step"] - 1)
         state = checkpoint["hbat"]
         self._phase = None if state["phase"] is None else PhaseKey(*state["phase"])
         self._optimizer_states.load_state_dict(state["idle_optimizer_states"])

@@ -41,7 +41,7 @@ def conflict_figures(
     """
     sums: dict[str, Tensor] = {}
     for name in instruction.first:
-        halves = [half[name] for half in (*instruction, *preference)]
+        halves = [half[name] for own in (instruction, preference) for half in (own.first, own.second)]
         none = torch.zeros_like(halves[0])
         moved, moved_before = drift.get(name, none), before.get(name, none)
         touched = (halves[2] + halves[3] if trained == INSTRUCTION else halves[0] + halves[1]) / 2

@@ -26,10 +26,12 @@ class Halves(NamedTuple):
     Attributes:
         first: By parameter name the gradient of the mean loss over the units of one half of the rows.
         second: The same over the other half.
+        rows: How many rows both are from.
     """
 
     first: dict[str, Tensor]
     second: dict[str, Tensor]
+    rows: int
 
 
 class _Part(NamedTuple):
@@ -64,7 +66,8 @@ class Probe:
         estimates = [self._mean(data, loss, [part.rows for part in parts if part.half == half]) for half in (0, 1)]
         if estimates[0] is None or estimates[1] is None:
             return None
-        return Halves(estimates[0], estimates[1])
+        rows = torch.tensor(sum(len(part.rows) for part in parts), device=self._module.device)
+        return Halves(estimates[0], estimates[1], int(self._module.ranks.add(rows)))
 
     @property
     def held_out_halves(self) -> int:

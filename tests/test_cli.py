@@ -172,9 +172,10 @@ def test_evaluation_of_the_trained_model(run: Path, tmp_path: Path) -> None:
     for command in ("validate", "test", "predict"):
         main([command, *small_hybrid(folder), "--ckpt_path", "last"])
     assert (folder / "config.yaml").read_bytes() == before
-    assert (folder / "metrics.csv").read_bytes() == log, "evaluations have no step, and a file of their own"
+    assert (folder / "metrics.csv").read_bytes() == log, "evaluations have a file of their own"
     with (folder / "evaluation.csv").open(newline="") as file:
         new = list(csv.DictReader(file))
+    assert {row["step"] for row in new} == {metrics(folder)[-1]["step"]}, "that of the checkpoint"
     assert any(row.get("test/rouge_l") or row.get("test/exact_match") for row in new), new
     validated = next(row["val/instruction/loss"] for row in new if row["val/instruction/loss"])
     assert float(validated) == pytest.approx(float(last), rel=1e-6), "validate of the last checkpoint tells the same"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from hbat_lightning.comparison.runs import FORGOTTEN, Run
-from hbat_lightning.metrics import Interval, bootstrap, paired_bootstrap
+from hbat_lightning.metrics import MIN_ROWS, Interval, bootstrap, paired_bootstrap
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ def compare(runs: Sequence[Run], confidence: float = 0.95) -> list[Figure]:
 
 
 AT_END, ANSWERS = "held out, at the end", "hbat predict, mean over answers"
-MIN_ROWS = 10  # of fewer a percentile bootstrap is much too narrow
 
 
 def as_markdown(runs: Sequence[Run], figures: Sequence[Figure], confidence: float = 0.95) -> str:

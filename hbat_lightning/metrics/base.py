@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hbat_lightning.completions import Completed
-from hbat_lightning.metrics.bootstrap import bootstrap
+from hbat_lightning.metrics.bootstrap import MIN_ROWS, bootstrap
 
 if TYPE_CHECKING:
     from hbat_lightning.policy import Policy
@@ -84,7 +84,10 @@ class MeanScore(CompletionMetric):
     """
 
     with_intervals: tuple[str, ...] = ()
-    """Scores that compare two systems: their figures have ``…_low`` and ``…_high`` beside them, a bootstrap's at 95 %."""
+    """Scores that compare two systems: their figures have ``…_low`` and ``…_high`` beside them, a bootstrap's at 95 %.
+
+    Of fewer than :data:`~hbat_lightning.metrics.MIN_ROWS` answers there is no interval.
+    """
 
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -109,8 +112,9 @@ class MeanScore(CompletionMetric):
         sums: Mapping[str, Tensor] = {name: torch.as_tensor(getattr(self, name)) for name in self.names}
         found = {name: total / count for name, (total, count) in sums.items() if count > 0}
         for name in self.with_intervals:
-            if name in found:
-                spread = bootstrap(joined(getattr(self, f"{name}_of_each")).tolist())
+            each = joined(getattr(self, f"{name}_of_each")).tolist()
+            if len(each) >= MIN_ROWS:
+                spread = bootstrap(each)
                 found |= {f"{name}_low": torch.tensor(spread.low), f"{name}_high": torch.tensor(spread.high)}
         return found
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MIN_ROWS = 10  # of fewer a percentile bootstrap is much too narrow, and no interval is shown
+
 
 class Interval(NamedTuple):
     """An estimate and where it lies with some confidence.

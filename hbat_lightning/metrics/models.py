@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForSeq2SeqLM
 
-from hbat_lightning.base_model import BaseSpec, DType, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, DType, load_model, load_tokenizer
 from hbat_lightning.completions import Completed
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.errors import UserError
@@ -18,6 +18,7 @@ from hbat_lightning.functional import selected_log_probs
 from hbat_lightning.metrics.base import MeanScore, Surroundings
 from hbat_lightning.metrics.opponents import Opponents, verdict
 from hbat_lightning.rewards import Reward
+from hbat_lightning.scoring import CausalScorer
 
 PAD = 0  # masks go by length
 INITIAL = "kl_reference"  # name of the adapter of ReferenceKL
@@ -31,7 +32,8 @@ class ReferenceKL(MeanScore):
 
     Args:
         reference: ``base``, the model without the adapter; or ``initial``, what the run began with: the adapter of
-            ``adapter_path``, such as one that SFT has trained, and where there was none the base again.
+            ``adapter_path``, such as one that SFT has trained, and where there was none the base again. Beside a full
+            fine-tune the base is a second model, which takes as much memory once more.
         kwargs: torchmetrics' own.
     """
 
@@ -39,22 +41,17 @@ class ReferenceKL(MeanScore):
         super().__init__(["kl"], **kwargs)
         self.reference = reference
         self._adapters: list[str] = []  # none: the bare base
+        self._base: CausalScorer | None = None
         self._place: Surroundings | None = None
 
     def build(self, surroundings: Surroundings) -> None:
-        """See :meth:`CompletionMetric.build`; loads the reference's adapter.
-
-        Raises:
-            UserError: There is no base beside what trains.
-        """
+        """See :meth:`CompletionMetric.build`; loads the reference's adapter, or beside a full fine-tune the base."""
         policy = surroundings.policy
-        if policy.lora is None:
-            raise UserError(
-                "ReferenceKL compares the policy with its base, and a full fine-tune has none beside it: leave it out of "
-                "model.init_args.metrics"
-            )
+        if policy.lora is None and self._base is None:
+            base = load_model(policy.spec, surroundings.device).requires_grad_(False).eval()
+            self._base = CausalScorer(base.to(surroundings.device), policy.packing)
         self._place = surroundings
-        if self.reference == "initial" and policy.adapter_path is not None:
+        if policy.lora is not None and self.reference == "initial" and policy.adapter_path is not None:
             policy.add_adapter(INITIAL, policy.lora, policy.adapter_path)
             self._adapters = [INITIAL]
 
@@ -67,7 +64,7 @@ class ReferenceKL(MeanScore):
         place.policy.eval()
         rollouts = [Rollout(answer.prompt_ids, answer.completion_ids) for answer in answers]
         inputs = {name: value.to(place.device) for name, value in collate_rollouts(rollouts, PAD).items()}
-        reference = place.policy.score_adapters(inputs, self._adapters)
+        reference = self._base(inputs) if self._base else place.policy.score_adapters(inputs, self._adapters)
         return [{"kl": value} for value in (place.policy.score(inputs).row_sums() - reference.row_sums()).tolist()]
 
 

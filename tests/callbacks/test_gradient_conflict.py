@@ -88,7 +88,9 @@ def test_figures_are_those_of_autograd_by_hand(
     starts = {0: begin, 1: seen.after[2], 2: seen.after[4], 3: seen.after[7]}
     last = weights(module)
     moves = {n: {k: seen.after[end - 1][k] - starts[n][k] for k in last} for n, end in enumerate((3, 5, 8, 10))}
+    held_out = {name: min(len(run.data.val_sets[name]), 6) for name in ("instruction", "preference")}
     for row in rows:
+        assert row["rows"] == held_out
         at = seen.after[row["step"] - 1]
         gradients = by_hand(run, at, begin)
         drift = {name: at[name] - starts[row["phase"]][name] for name in at}
