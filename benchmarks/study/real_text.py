@@ -2,12 +2,13 @@
 
     python benchmarks/study/real_text.py DATA
 
-DATA holds ``llama2_tokenizer.model``, ``wiki_demo.txt``, ``alpaca_en_demo.json`` and ``hh_rlhf_harmless_base_test.jsonl.gz``.
-For every seed a Llama of 5 million parameters is given some language by the beginnings of the articles in ``wiki_demo.txt`` and
-as many Alpaca rows as are trained on afterwards; then every system trains adapters of it on other Alpaca rows and pairs of
-HH-RLHF, at rates that were not tuned. Rows of more than 192 tokens are left out. The table has, over seeds, the loss per token
-of held-out instructions and what all preference phases together have added to it (forgetting), and accuracy and loss of
-held-out pairs.
+DATA holds ``wiki_demo.txt``, ``alpaca_en_demo.json``, ``dpo_en_demo.json`` and ``hh_rlhf_harmless_base_test.jsonl.gz``.
+A Llama of 6 million parameters, with a vocabulary of 4,096 made of the same text, is given some language by the articles of
+``wiki_demo.txt``, by Alpaca rows that no system sees again, and by questions and chosen answers of ``dpo_en_demo.json``. Then
+every system trains adapters of it on other Alpaca rows and on pairs of HH-RLHF, at rates that were not tuned; a seed is
+another draw of rows, their order, and other adapters. Rows of more than 384 tokens are left out. The table has, over seeds,
+the loss per token of held-out instructions and what all preference phases together have added to it (forgetting), and
+accuracy and loss of held-out pairs.
 """
 
 from __future__ import annotations
@@ -21,32 +22,37 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from fits import fit
 from report import interval
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from workers import Workers
 from world import write_rows
 
 HERE = Path(__file__).parent
 EWC = str(HERE / "ewc.yaml")
 BASELINE = "two-stage DPO"
-NO_EWC = {"trainer.callbacks.strength": 0}
-DRIFT = {"trainer.callbacks.strength": 0.1}
 ROUNDS = {"model.schedule.rounds": 2}
+
+
+def _drift(strength: float) -> dict[str, Any]:
+    return {"trainer.callbacks.strength": strength}
+
+
 SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     BASELINE: (["two_stage_dpo.yaml"], {}),
-    "two-stage DPO, EWC, drift": (["two_stage_dpo.yaml", EWC], DRIFT),
-    "Hbat-DPO, none": (["hbat_dpo.yaml"], ROUNDS | NO_EWC),
-    "Hbat-DPO, drift": (["hbat_dpo.yaml"], ROUNDS | DRIFT),
+    "two-stage DPO, drift 0.1": (["two_stage_dpo.yaml", EWC], _drift(0.1)),
+    "two-stage DPO, drift 1": (["two_stage_dpo.yaml", EWC], _drift(1)),
+    "Hbat-DPO, none": (["hbat_dpo.yaml", EWC], ROUNDS | _drift(0)),
+    "Hbat-DPO, drift 0.1": (["hbat_dpo.yaml", EWC], ROUNDS | _drift(0.1)),
+    "Hbat-DPO, drift 1": (["hbat_dpo.yaml", EWC], ROUNDS | _drift(1)),
 }
 RATES = (2e-4, 1e-3)
 ROWS = ("instruction", "preference")
-PRECISION = {"trainer.precision": "bf16-mixed"}  # most of a step is matrix products, which AMX speeds up
 INSTRUCTION_RATE = 2e-3
 
 
@@ -54,15 +60,18 @@ INSTRUCTION_RATE = 2e-3
 class Sizes:
     """How much of everything there is."""
 
-    width: int = 128
-    pretraining_epochs: int = 4
-    instructions: int = 256
-    pairs: int = 320
-    held_out: int = 64
-    letters: int = 6000  # of each article
+    width: int = 256
+    layers: int = 6
+    vocabulary: int = 4096
+    pretraining_epochs: int = 10
+    language: int = 300  # rows of Alpaca, and conversations
+    instructions: int = 480
+    pairs: int = 960
+    held_out: int = 160
+    letters: int = 10**6  # of each article
 
 
-SMOKE = Sizes(32, 1, 16, 16, 8, 2000)
+SMOKE = Sizes(32, 2, 512, 1, 16, 16, 16, 8, 2000)
 
 
 @dataclass(frozen=True)
@@ -72,67 +81,45 @@ class Job:
     system: str
     rate: float
     seed: int
-    world: Path
+    base: Path
+    rows: Path
     folder: Path
 
 
-def make_world(data: Path, folder: Path, seed: int, sizes: Sizes) -> Path:
-    """Base model and data of a seed, made where they are not there yet.
+def make_base(data: Path, folder: Path, sizes: Sizes) -> Path:
+    """The model that every run begins from, made where it is not there yet.
 
     Args:
         data: Folder of the files that the module names.
-        folder: Where worlds are.
-        seed: Of the order of rows, and of the model.
+        folder: Where the model and what it has read are kept.
         sizes: How large it is.
 
     Returns:
-        Its folder.
+        The model's folder.
     """
-    world = folder / f"world-{seed}"
-    made, done = {"seed": seed, **asdict(sizes)}, world / "world.json"
-    if done.exists():
-        if json.loads(done.read_text()) != made:
-            raise SystemExit(f"{world} is of other sizes: give another --output, or remove it")
-        return world
-    world.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(f"real text {seed}")
-    rows = json.loads((data / "alpaca_en_demo.json").read_text())
-    rng.shuffle(rows)
-    held_out, kept, rest = _cut(rows, sizes.held_out, sizes.instructions)
-    write_rows(world / "instruction.jsonl", kept)
-    write_rows(world / "instruction-held-out.jsonl", held_out)
-    with gzip.open(data / "hh_rlhf_harmless_base_test.jsonl.gz", "rt") as lines:
-        pairs = [json.loads(line) for line in lines]
-    rng.shuffle(pairs)
-    held_out, kept, _ = _cut(pairs, sizes.held_out, sizes.pairs)
-    write_rows(world / "preference.jsonl", kept)
-    write_rows(world / "preference-held-out.jsonl", held_out)
-    texts = [" ".join(row[key] for key in ("instruction", "input", "output")).replace("\n", " ") for row in rest]
+    base = folder / "base"
+    if _made(folder, asdict(sizes)):
+        return base
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [_one_line(row, "instruction", "input", "output") for row in _alpaca(data)[: sizes.language]]
+    talks = json.loads((data / "dpo_en_demo.json").read_text())[: sizes.language]
+    rows += [
+        _one_line(talk["conversations"][-1] | {"answer": talk["chosen"]["value"]}, "value", "answer") for talk in talks
+    ]
     articles = [article[: sizes.letters] for article in (data / "wiki_demo.txt").read_text().splitlines()]
-    (world / "documents.txt").write_text("\n".join(articles[: sizes.instructions] + texts[: sizes.instructions]))
-    _pretrain(data, world, seed, sizes)
-    done.write_text(json.dumps(made))
-    return world
-
-
-def _cut(rows: list[Any], *counts: int) -> list[list[Any]]:
-    rest = iter(rows)
-    return [*(list(islice(rest, count)) for count in counts), list(rest)]
-
-
-def _pretrain(data: Path, world: Path, seed: int, sizes: Sizes) -> None:
-    start = world / "start"
-    start.mkdir(exist_ok=True)
-    shutil.copy(data / "llama2_tokenizer.model", start / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(start, add_bos_token=True).save_pretrained(start)
-    torch.manual_seed(seed)
+    texts = articles + rows
+    random.Random("real text").shuffle(texts)
+    (folder / "documents.txt").write_text("\n".join(texts))
+    start = folder / "start"
+    _tokenizer(texts, sizes.vocabulary).save_pretrained(start)
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32000,
+        vocab_size=sizes.vocabulary,
         hidden_size=sizes.width,
         intermediate_size=8 * sizes.width // 3,
-        num_hidden_layers=4,
-        num_attention_heads=sizes.width // 32,
-        num_key_value_heads=sizes.width // 32,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=max(1, sizes.width // 64),
+        num_key_value_heads=max(1, sizes.width // 64),
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
@@ -141,14 +128,82 @@ def _pretrain(data: Path, world: Path, seed: int, sizes: Sizes) -> None:
         "model.policy.model_name_or_path": start,
         "model.epochs": sizes.pretraining_epochs,
         "model.optimizer.lr": 1e-3,
-        "data.instruction.path": world / "documents.txt",
+        "model.optimizer.weight_decay": 0.1,
+        "data.instruction.path": folder / "documents.txt",
         "data.batch_size": 16,
-        "data.max_length": 128,
+        "data.max_length": 256,
         "trainer.accumulate_grad_batches": 1,
-        **PRECISION,
     }
-    fit([HERE / "pretraining.yaml"], world / "pretraining", seed, settings)
-    (world / "pretraining" / "model").rename(world / "base")
+    fit([HERE / "pretraining.yaml"], folder / "pretraining", 1, settings)
+    (folder / "pretraining" / "model").rename(base)
+    (folder / "made.json").write_text(json.dumps(asdict(sizes)))
+    return base
+
+
+def make_rows(data: Path, folder: Path, seed: int, sizes: Sizes) -> Path:
+    """Rows of a seed, written where they are not there yet: to train on and held out, none of which the base has read.
+
+    Args:
+        data: Folder of the files that the module names.
+        folder: Where they are kept.
+        seed: Of their draw.
+        sizes: How many.
+
+    Returns:
+        The folder.
+    """
+    made = {"seed": seed, **asdict(sizes)}
+    if _made(folder, made):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(data / "hh_rlhf_harmless_base_test.jsonl.gz", "rt") as lines:
+        pairs = [json.loads(line) for line in lines]
+    rng = random.Random(f"real text {seed}")
+    for name, rows, count in (
+        ("instruction", _alpaca(data)[sizes.language :], sizes.instructions),
+        ("preference", pairs, sizes.pairs),
+    ):
+        rng.shuffle(rows)
+        write_rows(folder / f"{name}-held-out.jsonl", rows[: sizes.held_out])
+        write_rows(folder / f"{name}.jsonl", rows[sizes.held_out : sizes.held_out + count])
+    (folder / "made.json").write_text(json.dumps(made))
+    return folder
+
+
+def _made(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a folder is finished; it must not be of other sizes."""
+    done = folder / "made.json"
+    if not done.exists():
+        return False
+    if json.loads(done.read_text()) != facts:
+        raise SystemExit(f"{folder} is of other sizes: give another --output, or remove it")
+    return True
+
+
+def _alpaca(data: Path) -> list[Any]:
+    """Alpaca's rows in an order that is the same for all seeds."""
+    rows: list[Any] = json.loads((data / "alpaca_en_demo.json").read_text())
+    random.Random("real text").shuffle(rows)
+    return rows
+
+
+def _one_line(row: Mapping[str, str], *fields: str) -> str:
+    return " ".join(" ".join(row[field] for field in fields).split())
+
+
+def _tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the text."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(texts, trainer)
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -169,18 +224,17 @@ def run(job: Job) -> dict[str, Any]:
 def _settings(job: Job) -> tuple[list[str], dict[str, Any]]:
     layers, options = SYSTEMS[job.system]
     settings: dict[str, Any] = {
-        "model.policy.model_name_or_path": job.world / "base",
+        "model.policy.model_name_or_path": job.base,
         "model.policy.lora": '{"r": 16, "alpha": 32}',
-        **{f"data.{name}.path": job.world / f"{name}.jsonl" for name in ROWS},
-        **{f"data.{name}.val_path": job.world / f"{name}-held-out.jsonl" for name in ROWS},
+        **{f"data.{name}.path": job.rows / f"{name}.jsonl" for name in ROWS},
+        **{f"data.{name}.val_path": job.rows / f"{name}-held-out.jsonl" for name in ROWS},
         "data.batch_size": 8,
-        "data.max_length": 192,
+        "data.max_length": 384,
         "data.truncation": "drop",
         "data.invalid_rows": "drop",
         "trainer.accumulate_grad_batches": 2,
         "model.instruction.lr": INSTRUCTION_RATE,
         "model.preference.lr": job.rate,
-        **PRECISION,
     }
     return layers, settings | options
 
@@ -242,18 +296,24 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two systems on a tiny model, which learn nothing")
     given = parser.parse_args()
     seeds, sizes = ((1,), SMOKE) if given.smoke else (range(1, given.seeds + 1), Sizes())
-    rates, systems = (RATES[:1], (BASELINE, "Hbat-DPO, drift")) if given.smoke else (RATES, tuple(SYSTEMS))
-    workers = Workers(given.workers)
-    jobs = [(given.data, given.output / "worlds", seed, sizes) for seed in seeds]
-    worlds = workers.all("language", make_world, jobs)
-    results = workers.all(
+    rates, systems = (RATES[:1], (BASELINE, "Hbat-DPO, drift 1")) if given.smoke else (RATES, tuple(SYSTEMS))
+    base = make_base(given.data, given.output / "language", sizes)
+    rows = {seed: make_rows(given.data, given.output / "rows" / str(seed), seed, sizes) for seed in seeds}
+    results = Workers(given.workers).all(
         "systems",
         run,
         [
-            Job(system, rate, seed, world, given.output / "runs" / system.replace(", ", "/") / f"{rate:g}-{seed}")
+            Job(
+                system,
+                rate,
+                seed,
+                base,
+                rows[seed],
+                given.output / "runs" / system.replace(", ", "/") / f"{rate:g}-{seed}",
+            )
+            for seed in seeds
             for rate in rates
             for system in systems
-            for seed, world in zip(seeds, worlds, strict=True)
         ],
     )
     (given.output / "table.md").write_text(table(results) + "\n")
