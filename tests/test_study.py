@@ -250,8 +250,8 @@ def test_real_text_in_small(real_data: Path, tmp_path: Path) -> None:
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert told.splitlines() == (tmp_path / "table.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["SFT", "two-stage DPO", "Hbat-DPO, drift"]
-    folder = tmp_path / "runs" / "Hbat-DPO" / "drift" / "0.0002-1"
+    assert [row[1] for row in rows] == ["SFT", "two-stage DPO", "Hbat-DPO, drift 1"]
+    folder = tmp_path / "runs" / "Hbat-DPO" / "drift 1" / "0.0002-1"
     switches = [json.loads(line) for line in (folder / "switches.jsonl").read_text().splitlines()]
     assert [one["objective"] for one in switches] == ["instruction", "preference"] * 2
     added = sum(one["after"]["val/instruction/loss"] - one["before"]["val/instruction/loss"] for one in switches[1::2])
@@ -260,12 +260,16 @@ def test_real_text_in_small(real_data: Path, tmp_path: Path) -> None:
     assert rows[2][7] == str(switches[-1]["step"])
     truth = [last["val/instruction/loss"], added, last["val/preference/accuracy"], last["val/preference/loss"]]
     assert shown == pytest.approx(truth, abs=1e-3)
-    world = tmp_path / "worlds" / "world-1"
+    drawn = tmp_path / "rows" / "1"
+    read = (tmp_path / "language" / "documents.txt").read_text()
     for name in ("instruction", "preference"):
-        trained, held_out = (set((world / f"{name}{end}.jsonl").read_text().splitlines()) for end in ("", "-held-out"))
+        trained, held_out = (set((drawn / f"{name}{end}.jsonl").read_text().splitlines()) for end in ("", "-held-out"))
         assert len(trained) == 16
         assert len(held_out) == 8
         assert not trained & held_out
+        if name == "instruction":  # nor is any row read before
+            outputs = [" ".join(json.loads(row)["output"].split()) for row in trained | held_out]
+            assert not [text for text in outputs if len(text) > 20 and text in read]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == told
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == times

@@ -368,7 +368,9 @@ def test_what_the_sampler_thought_is_reported(
     cut = GenerationSettings(max_new_tokens=6, temperature=0.7, top_k=5)
     gaps = train(make(REINFORCEModule, sampling=cut), precision=precision).log.column("train/preference/sampler_gap")
     assert len(gaps) == 8
-    assert all(low <= gap < high for gap in gaps)
+    # Not in every step: a policy that has become sure of a token has nothing to round.
+    assert low <= np.median(gaps), gaps
+    assert max(gaps) < high
 
     def off_by_three_nats(recorder: LogProbRecorder, sampled: Tensor, completions: Any) -> None:
         finish(recorder, sampled, completions)
