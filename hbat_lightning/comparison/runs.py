@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,10 +152,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: One holds no run, or a file in it cannot be understood.
     """
-    names = [folder.resolve().name for folder in folders]
-    twice = {name for name, count in Counter(names).items() if count > 1}
-    shown = [str(folder) if name in twice else name for folder, name in zip(folders, names, strict=True)]
-    return [_read(folder, name) for folder, name in zip(folders, shown, strict=True)]
+    return [_read(folder, name) for folder, name in zip(folders, _shown(folders), strict=True)]
+
+
+def _shown(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: their folders' names, and of those with the same name all that tells them apart."""
+    whole = [folder.resolve() for folder in folders]
+    names = Counter(folder.name for folder in whole)
+    alike = [folder for folder in whole if names[folder.name] > 1]
+    above = os.path.commonpath([folder.parent for folder in alike]) if alike else ""
+    return [folder.relative_to(above).as_posix() if folder in alike else folder.name for folder in whole]
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -326,8 +326,9 @@ def test_figures_that_are_not_finite_are_shown_as_such(tmp_path: Path, capsys: p
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("one/run", "two/run"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
-    main(["compare", str(tmp_path / "one/run"), str(tmp_path / "two/run"), "--output", str(tmp_path / "out")])
-    assert f"| {tmp_path}/one/run | {tmp_path}/two/run |" in capsys.readouterr().out
+    folders = [tmp_path / name for name in ("one/run", "two/deep/run", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
+    main(["compare", *map(str, folders), "--output", str(tmp_path / "out")])
+    assert "|  | one/run | two/deep/run | other |" in capsys.readouterr().out, "by no more of their folders than it takes"
