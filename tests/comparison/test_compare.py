@@ -331,4 +331,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureF
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("step,train/instruction/loss\n0,1.5\n")
     main(["compare", *map(str, folders), "--output", str(tmp_path / "out")])
-    assert "|  | one/run | two/deep/run | other |" in capsys.readouterr().out, "by no more of their folders than it takes"
+    assert "|  | one/run | two/deep/run | other |" in capsys.readouterr().out, (
+        "by no more of their folders than it takes"
+    )
