@@ -244,7 +244,7 @@ def test_all_stages_in_tiny_worlds_and_again_without_doing_anything_twice(tmp_pa
 
 
 def test_real_text_in_small(real_data: Path, tmp_path: Path) -> None:
-    """The same command as at full size; what it reports is what the runs' own files say, and no held-out row is trained on."""
+    """The same command as at full size; what it reports is what the runs' own files say, and no row is drawn twice."""
     command = [sys.executable, "-W", "ignore", str(STUDY / "real_text.py"), str(real_data), "--smoke", "--workers", "1"]
     command += ["--output", str(tmp_path)]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout

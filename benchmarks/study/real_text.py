@@ -4,7 +4,7 @@
 
 DATA holds ``wiki_demo.txt``, ``alpaca_en_demo.json``, ``dpo_en_demo.json`` and ``hh_rlhf_harmless_base_test.jsonl.gz``.
 A Llama of 6 million parameters, with a vocabulary of 4,096 made of the same text, is given some language by the articles of
-``wiki_demo.txt``, by Alpaca rows that no system sees again, and by questions and chosen answers of ``dpo_en_demo.json``. Then
+``wiki_demo.txt``, by Alpaca rows of its own, and by questions and chosen answers of ``dpo_en_demo.json``. Then
 every system trains adapters of it on other Alpaca rows and on pairs of HH-RLHF, at rates that were not tuned; a seed is
 another draw of rows, their order, and other adapters. Rows of more than 384 tokens are left out. The table has, over seeds,
 the loss per token of held-out instructions and what all preference phases together have added to it (forgetting), and
@@ -141,7 +141,7 @@ def make_base(data: Path, folder: Path, sizes: Sizes) -> Path:
 
 
 def make_rows(data: Path, folder: Path, seed: int, sizes: Sizes) -> Path:
-    """Rows of a seed, written where they are not there yet: to train on and held out, none of which the base has read.
+    """Rows of a seed, written where they are not there yet: to train on and held out, from places that the base has not read.
 
     Args:
         data: Folder of the files that the module names.

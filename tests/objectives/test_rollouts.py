@@ -368,9 +368,9 @@ def test_what_the_sampler_thought_is_reported(
     cut = GenerationSettings(max_new_tokens=6, temperature=0.7, top_k=5)
     gaps = train(make(REINFORCEModule, sampling=cut), precision=precision).log.column("train/preference/sampler_gap")
     assert len(gaps) == 8
-    # Not in every step: a policy that has become sure of a token has nothing to round.
-    assert low <= np.median(gaps), gaps
-    assert max(gaps) < high
+    # In bf16 both passes may also round alike: a step's few completions then agree as they do in fp32.
+    assert all(low <= gap < high or gap < 1e-5 for gap in gaps), gaps
+    assert sum(gap >= low for gap in gaps) >= 6, gaps
 
     def off_by_three_nats(recorder: LogProbRecorder, sampled: Tensor, completions: Any) -> None:
         finish(recorder, sampled, completions)
