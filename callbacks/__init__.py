@@ -6,6 +6,7 @@ if __name__ != "hbat_lightning.callbacks":
     raise ImportError("import hbat_lightning.callbacks; this folder is not a package of its own")
 
 from hbat_lightning.callbacks.checkpoint import WindowCheckpoint
+from hbat_lightning.callbacks.evaluation_rows import EvaluationRows
 from hbat_lightning.callbacks.ewc import ElasticWeightConsolidation
 from hbat_lightning.callbacks.export import PolicyExport
 from hbat_lightning.callbacks.freeze import ImportanceFreeze
@@ -19,6 +20,7 @@ from hbat_lightning.callbacks.switch_report import SwitchReport
 
 __all__ = [
     "ElasticWeightConsolidation",
+    "EvaluationRows",
     "GradientConflict",
     "ImportanceFreeze",
     "NonFiniteGuard",

@@ -129,7 +129,8 @@ class SwitchReport(PhaseCallback):
         path = self.path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         if results:
-            replace_text(path.with_name(HELD_OUT), json.dumps(_held_out(trainer.global_step, module)) + "\n")
+            kept = {"step": trainer.global_step, "figures": module.held_out_rows()}
+            replace_text(path.with_name(HELD_OUT), json.dumps(kept) + "\n")
         append_text(path, json.dumps(row) + "\n", sync=True)
         changes = {f"switch/{name.removeprefix('val/')}": value for name, value in row["change"].items()}
         for logger in trainer.loggers:
@@ -145,23 +146,6 @@ class SwitchReport(PhaseCallback):
         after = module.policy.trained_parameters()
         norms = torch._foreach_norm(torch._foreach_sub([after[n].detach() for n in names], [before[n] for n in names]))
         return {name: float(norm) / before[name].numel() ** 0.5 for name, norm in zip(names, norms, strict=True)}
-
-
-def _held_out(step: int, module: AlignmentModule) -> dict[str, Any]:
-    figures = {}
-    for slot, parts in module.validation_parts.items():
-        objective, data, policy = module.objectives[slot], module.data, module.policy
-        together = f", {data.val_batch_size} at a time" if data.kinds[slot].together else ""
-        start = f", from {policy.base_fingerprint} {policy.adapter_path or ''}" if objective.references else ""
-        for name, values in parts.items():
-            sums, counts = zip(*values, strict=True) if values else ((), ())
-            figures[f"val/{slot}/{name}"] = {
-                "rows": data.val_sets[slot].digest + together,
-                "scale": objective.held_out_scale(name) + start,
-                "sums": sums,
-                "counts": counts,
-            }
-    return {"step": step, "figures": figures}
 
 
 def _sees_all(trainer: Any) -> bool:

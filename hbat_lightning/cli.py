@@ -26,6 +26,7 @@ import hbat_lightning.schedules  # noqa: F401  imported so that short class name
 from hbat_lightning import quiet
 from hbat_lightning.alignment import AlignmentModule
 from hbat_lightning.callbacks import (
+    EvaluationRows,
     NonFiniteGuard,
     PhaseProgressBar,
     PolicyExport,
@@ -240,6 +241,7 @@ def _standard_callbacks(own: list[Callback], trainer: dict[str, Any]) -> list[Ca
         (SwitchReport, SwitchReport(), True),
         (PolicyExport, PolicyExport(), True),
         (PredictionWriter, PredictionWriter(), True),
+        (EvaluationRows, EvaluationRows(), True),
     ]
     return [made for kind, made, wanted in standard if wanted and not any(isinstance(one, kind) for one in own)]
 

@@ -19,6 +19,7 @@ class Completed:
         prompt_ids: Ids of the prompt; empty where the texts are all that is known.
         completion_ids: Ids of the completion, likewise.
         scores: What metrics have found, by name.
+        scales: What a score depends on beside this answer, such as a reference or a reward, by the score's name.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Completed:
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[int] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, str] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """In plain types, without the ids, for files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class EvaluatingModule(LightningModule):
     Args:
         generation: How prompts are completed.
         metrics: What is said of completions; ROUGE, exact match, length and variety when not given.
+
+    Raises:
+        ValueError: Two metrics give figures of the same name.
     """
 
     policy: Policy
@@ -38,6 +42,7 @@ class EvaluatingModule(LightningModule):
         self.generation = generation
         # No modules of this one: what they score with is no part of the run.
         self.completion_metrics = list(standard_metrics() if metrics is None else metrics)
+        _require_distinct_names(self.completion_metrics)
         self.validation_results: dict[str, float] = {}
         self.validation_parts: dict[str, Parts] = {}
         self._prepared: dict[str, str] = {}
@@ -104,13 +109,31 @@ class EvaluatingModule(LightningModule):
         }
         self.log_dict(self.validation_results, batch_size=1)
 
+    def held_out_rows(self) -> dict[str, dict[str, Any]]:
+        """What the figures of the last validation are means of, row by row, with what they depend on beside the policy."""
+        figures = {}
+        for slot, parts in self.validation_parts.items():
+            objective, data, policy = self.objectives[slot], self.data, self.policy
+            together = f", {data.val_batch_size} at a time" if data.kinds[slot].together else ""
+            start = f", from {policy.base_fingerprint} {policy.adapter_path or ''}" if objective.references else ""
+            for name, values in parts.items():
+                sums, counts = zip(*values, strict=True) if values else ((), ())
+                figures[f"val/{slot}/{name}"] = {
+                    "rows": data.val_sets[slot].digest + together,
+                    "scale": objective.held_out_scale(name) + start,
+                    "sums": sums,
+                    "counts": counts,
+                }
+        return figures
+
     # ---- completions ----------------------------------------------------------------------------------------------
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Complete held-out prompts and compare with the data's answers."""
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Complete held-out prompts and compare with the data's answers: rows of all processes, for callbacks."""
         answers = self._complete_all(batch)
         for metric in self.completion_metrics:
             metric.update(answers, scored=True)
+        return [answer.row() for answer in answers]
 
     def on_test_epoch_end(self) -> None:
         """Log what the metrics say of all completions."""
@@ -138,8 +161,7 @@ class EvaluatingModule(LightningModule):
             surroundings = Surroundings(self.policy, self.device, Path(self.trainer.default_root_dir), self.ranks.rank)
             for metric in self.completion_metrics:
                 metric.build(surroundings)
-                for answer, scores in zip(own, metric.score(own), strict=True):
-                    answer.scores |= scores
+                metric.annotate(own)
         return [answer for answers in self.ranks.gather(own) for answer in answers]
 
     def complete(self, batch: PromptBatch) -> list[Completed]:
@@ -150,3 +172,13 @@ class EvaluatingModule(LightningModule):
             batch.input_ids, batch.attention_mask, self.generation, stop, pad_id(tokenizer)
         )
         return completed(batch, completions, tokenizer, stop)
+
+
+def _require_distinct_names(metrics: Sequence[CompletionMetric]) -> None:
+    counts = Counter(name for metric in metrics for name in metric.names)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"metrics: more than one of them gives {', '.join(repeated)}, and a run has one figure of a name; leave one out, "
+            "and run hbat test once more with it"
+        )

@@ -31,7 +31,7 @@ OUTPUTS = (
         MARK,
         "config.yaml",
     ),
-    *("predictions.jsonl", "conflict.jsonl", "conflict.png", "samples.jsonl"),
+    *("predictions.jsonl", "validated.json", "tested.jsonl", "conflict.jsonl", "conflict.png", "samples.jsonl"),
 )
 _FOLDERS = (CHECKPOINTS, "adapter", "model")
 _NAMES = "|".join(map(re.escape, (*OUTPUTS, *_FOLDERS, LOCK)))

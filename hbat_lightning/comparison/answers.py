@@ -19,10 +19,10 @@ def answer_cards(runs: Sequence[Run], count: int) -> str:
         runs: The runs; those that have answered nothing are left out, and the others' answers marked against the first's.
         count: How many prompts; those first on which the runs differ most.
     """
-    runs = [run for run in runs if run.answers]
+    runs = [run for run in runs if run.shown]
     if not runs:
         return ""
-    shared = [key for key in runs[0].answers if all(key in run.answers for run in runs)]
+    shared = [key for key in runs[0].shown if all(key in run.shown for run in runs)]
     chosen = sorted(shared, key=lambda key: -_disagreement(runs, key))[:count]
     return "".join(_card(runs, key) for key in chosen)
 
@@ -30,20 +30,25 @@ def answer_cards(runs: Sequence[Run], count: int) -> str:
 def _disagreement(runs: Sequence[Run], key: Key) -> float:
     spreads = []
     for name in _SHOWN[:2]:
-        values = [run.answers[key].scores[name] for run in runs if name in run.answers[key].scores]
+        values = [run.shown[key].scores[name] for run in runs if name in run.shown[key].scores]
         spreads.append(max(values) - min(values) if values else 0.0)
     return sum(spreads)
 
 
 def _card(runs: Sequence[Run], key: Key) -> str:
-    first = runs[0].answers[key]
+    first = runs[0].shown[key]
     parts = [_answer("the data's answer", escape(first.reference), "")] if first.reference else []
     for run in runs:
-        own = run.answers[key]
-        text = escape(own.completion) if run is runs[0] else marked(own.completion, first.completion)
+        own = run.shown[key]
+        text = escape(own.completion) if run is runs[0] else _marked(own.completion, first.completion)
         scores = " · ".join(f"{name} {own.scores[name]:.3f}" for name in _SHOWN if name in own.scores)
         parts.append(_answer(run.name, text, scores))
     return f'<article><div class="prompt">{escape(first.prompt)}</div><div class="answers">{"".join(parts)}</div></article>'
+
+
+def _marked(text: str, other: str) -> str:
+    """Nothing of an empty answer: all of the other one, struck out, would be read as if it said that."""
+    return marked(text, other) if text.strip() else ""
 
 
 def _answer(name: str, text: str, note: str) -> str:
@@ -83,7 +88,7 @@ def _samples(run: Run, number: int) -> str:
 
 
 def _sample(row: Row, earlier: Row | None) -> str:
-    text = escape(row["completion"]) if earlier is None else marked(row["completion"], earlier["completion"])
+    text = escape(row["completion"]) if earlier is None else _marked(row["completion"], earlier["completion"])
     parts = [_answer("the data's answer", escape(row["reference"]), "")] if row["reference"] else []
     parts.append(_answer("completion", text, "" if row["stopped"] else "cut off"))
     return (

@@ -31,6 +31,7 @@ from hbat_lightning.comparison.table import (
 from hbat_lightning.phases import BOTH, INSTRUCTION, PREFERENCE
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_WIDE = 5  # columns of figures that stand side by side with their intervals in one line
 _SHORT = {INSTRUCTION: "instr.", PREFERENCE: "pref.", BOTH: "both"}
 
 
@@ -67,8 +68,8 @@ def comparison_page(runs: Sequence[Run], figures: Sequence[Figure], confidence: 
         _Section(
             "answers",
             "Answers",
-            "What hbat predict wrote for the same prompts; marked is what differs from the first run. Where answers differ in "
-            "ROUGE-L or exact match most comes first.",
+            "What hbat predict, or else hbat test, wrote for the same prompts; marked is what differs from the first run. "
+            "Where answers differ in ROUGE-L or exact match most comes first.",
             answer_cards(runs, answers),
         ),
         _Section(
@@ -106,7 +107,7 @@ def _about_figures(runs: Sequence[Run], confidence: float) -> str:
 
 
 def _table(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
-    leads = any(cell.lead for figure in figures for cell in figure.cells)
+    leads = any(cell.lead or cell.why for figure in figures for cell in figure.cells)
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     if leads:
         head += "".join(f"<th>{escape(run.name)} − {escape(runs[0].name)}</th>" for run in runs[1:])
@@ -116,14 +117,15 @@ def _table(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
         if figure.group != group:
             group = figure.group
             lines.append(f'<tr class="group"><th colspan="{columns}">{escape(group)}</th></tr>')
-        cells = [f"<td>{_soft_interval(format_cell(cell))}</td>" for cell in figure.cells]
+        cells = [f"<td>{_soft_interval(format_cell(figure, cell))}</td>" for cell in figure.cells]
         if leads:
             cells += [
                 f'<td class="{"decided" if cell.lead and cell.lead.decided else ""}">{_soft_interval(format_lead(cell))}</td>'
                 for cell in figure.cells[1:]
             ]
         lines.append(f"<tr><td>{_breakable(figure.name)}</td>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    many = ' class="many"' if columns > _WIDE else ""
+    return f'<div class="scroll"><table{many}>{"".join(lines)}</table></div>'
 
 
 def _breakable(name: str) -> str:
@@ -211,12 +213,12 @@ def _forgetting(runs: Sequence[Run]) -> _Section:
         changes = [[(float(step), value) for step, value in run.forgetting(figure, kind)] for run in runs]
         if not any(changes):
             continue
-        expected = [_interference(run, kind) for run in runs] if figure.endswith("/loss") else []
+        expected = [run.interference(kind) for run in runs] if figure.endswith("/loss") else []
         frame = frame_of([*changes, *expected], _end(runs), zero=True)
         shown += f"<h3>change of {escape(figure)} by {OTHER[kind]} phases</h3>"
         shown += _panels(runs, partial(_forgetting_chart, kind=kind, figure=figure, frame=frame))
     keys = [(INSTRUCTION, "instruction figure"), (PREFERENCE, "preference figure")]
-    if any(_interference(run, kind) for run in runs for kind in OTHER):
+    if any(run.interference(kind) for run in runs for kind in OTHER):
         keys.append(("expected", "pale: first order, from GradientConflict"))
     about = "What each phase did to the objective that it did not train: a loss that rises, an accuracy that falls."
     return _Section("forgetting", "Forgetting at each switch", about, shown and _legend(*keys) + shown)
@@ -226,16 +228,10 @@ def _forgetting_chart(run: Run, kind: str, figure: str, frame: Frame) -> str:
     bars = [(float(step), value, kind, f"{figure}, step {step}") for step, value in run.forgetting(figure, kind)]
     if not bars:
         return ""
-    expected = _interference(run, kind) if figure.endswith("/loss") else []
+    expected = run.interference(kind) if figure.endswith("/loss") else []
     shift = 0.04 * frame.x[1]  # beside the bar of what came
     bars += [(step - shift, value, f"{kind} expected", f"first order, step {step:.0f}") for step, value in expected]
     return bar_chart(f"change of {figure}, {run.name}", frame, bars, run.spans)
-
-
-def _interference(run: Run, kind: str) -> list[Point]:
-    """What the phases of the other objective were predicted to change of a loss."""
-    rows = [row for row in run.conflict if row["ends"] and row["objective"] == OTHER[kind]]
-    return [(float(row["step"]), row["all"]["interference"]) for row in rows if "interference" in row["all"]]
 
 
 def _layers(runs: Sequence[Run]) -> list[_Section]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from hbat_lightning.comparison.charts import Spot
-from hbat_lightning.comparison.runs import Run
+from hbat_lightning.comparison.runs import Run, scores_of
 from hbat_lightning.comparison.table import answer_spread, held_out_spread
 
 # What stands for reward in the picture of ROUGE against reward: the first that most runs have.
@@ -31,7 +31,9 @@ def spots_of(runs: Sequence[Run], name: str, confidence: float) -> list[Spot]:
 
 
 def _of_answers(run: Run, name: str, confidence: float) -> Sequence[float] | None:
-    values, spread = list(run.scores.get(name, {}).values()), answer_spread(run, name, confidence)
+    """Of what it has predicted, or else of what it was tested on."""
+    values = next((own[name] for own in map(scores_of, (run.answers, run.tested)) if name in own), {}).values()
+    spread = answer_spread(values, confidence)
     return spread[:3] if spread else (mean(values),) * 3 if values else None
 
 
@@ -40,5 +42,5 @@ def _height(run: Run, name: str, confidence: float) -> Sequence[float] | None:
     points = run.held_out(name) if name.startswith("val/") else []
     if not points:
         return _of_answers(run, name, confidence)
-    spread = held_out_spread(run, name, confidence)
+    spread = held_out_spread(run.rows.get(name), confidence)
     return (points[-1][1],) * 3 if spread is None else spread[:3]

@@ -6,8 +6,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hbat_lightning.completions import Completed
 from hbat_lightning.conflict import layer_of
 from hbat_lightning.errors import UserError
 from hbat_lightning.files import whole_lines
-from hbat_lightning.metrics import Distinct, MeanScore, standard_metrics
+from hbat_lightning.metrics import CompletionMetric, Distinct, standard_metrics
 from hbat_lightning.metrics_logger import read_rows
 from hbat_lightning.phases import INSTRUCTION, PREFERENCE
 from hbat_lightning.privacy import without_secret_settings
@@ -60,9 +60,11 @@ class HeldOut:
     sums: list[float]
     counts: list[float]
 
-    def compares_with(self, other: HeldOut) -> bool:
-        """Whether both measured the same thing on the same rows."""
-        return (self.rows, self.scale, self.counts) == (other.rows, other.scale, other.counts)
+    def differs_from(self, other: HeldOut) -> str:
+        """Why the two are not compared: other rows, or another measure; empty where they are."""
+        if (self.rows, self.counts) != (other.rows, other.counts):
+            return "other rows"
+        return "" if self.scale == other.scale else "other measure"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class Run:
         conflict: Rows of ``conflict.jsonl``.
         samples: Rows of ``samples.jsonl``.
         answers: Rows of ``predictions.jsonl``, with the scores of the standard metrics.
+        tested: Rows of ``tested.jsonl``.
         rows: Figures of ``held_out.json``, if it is of the last switch.
+        validated: Figures of ``validated.json``.
         settings: ``config.yaml``, flat, without what is named like a secret.
     """
 
@@ -88,7 +92,9 @@ class Run:
     conflict: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
     answers: dict[Key, Completed] = field(default_factory=dict)
+    tested: dict[Key, Completed] = field(default_factory=dict)
     rows: dict[str, HeldOut] = field(default_factory=dict)
+    validated: dict[str, HeldOut] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,6 +125,11 @@ class Run:
         own = [row for row in self.switches if row["objective"] == OTHER[objective] and figure in row["change"]]
         return [(row["step"], row["change"][figure]) for row in own]
 
+    def interference(self, objective: str) -> list[tuple[float, float]]:
+        """What the phases of the other objective were predicted to change of an objective's loss, by their last steps."""
+        rows = [row for row in self.conflict if row["ends"] and row["objective"] == OTHER[objective]]
+        return [(float(row["step"]), row["all"]["interference"]) for row in rows if "interference" in row["all"]]
+
     def by_layer(self, what: str) -> list[dict[str, float]]:
         """Root mean square over the tensors of each layer, phase by phase, of a figure of ``switches.jsonl``."""
         found = []
@@ -130,20 +141,25 @@ class Run:
         return found
 
     @cached_property
-    def scores(self) -> dict[str, dict[Key, float]]:
-        """Of every score the value of each answer that has it."""
-        found: dict[str, dict[Key, float]] = {}
-        for key, answer in self.answers.items():
-            for name, value in answer.scores.items():
-                found.setdefault(name, {})[key] = value
-        return found
-
-    @cached_property
     def variety(self) -> dict[str, float]:
         """Distinct-n of its answers."""
         metric = Distinct()
         metric.update(list(self.answers.values()))
         return {name: float(value) for name, value in metric.compute().items()}
+
+    @cached_property
+    def shown(self) -> dict[Key, Completed]:
+        """Its answers to look at: those of ``hbat predict``, and where there are none those of ``hbat test``."""
+        return self.answers or self.tested
+
+
+def scores_of(answers: Mapping[Key, Completed]) -> dict[str, dict[Key, float]]:
+    """Of every score the value of each answer that has it."""
+    found: dict[str, dict[Key, float]] = {}
+    for key, answer in answers.items():
+        for name, value in answer.scores.items():
+            found.setdefault(name, {})[key] = value
+    return found
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -164,8 +180,11 @@ def _shown(folders: Sequence[Path]) -> list[str]:
     return [folder.relative_to(above).as_posix() if folder in alike else folder.name for folder in whole]
 
 
+_ANY = ("metrics.csv", "switches.jsonl", "predictions.jsonl", "tested.jsonl", "validated.json")
+
+
 def _read(folder: Path, name: str) -> Run:
-    if not any((folder / file).is_file() for file in ("metrics.csv", "switches.jsonl", "predictions.jsonl")):
+    if not any((folder / file).is_file() for file in _ANY):
         raise UserError(
             f"{folder} holds no run: give folders that --trainer.default_root_dir named, as in hbat compare A B"
         )
@@ -178,8 +197,10 @@ def _read(folder: Path, name: str) -> Run:
             switches=switches,
             conflict=_rows(folder / "conflict.jsonl"),
             samples=_rows(folder / "samples.jsonl"),
-            answers=_answers(_rows(folder / "predictions.jsonl")),
+            answers=_answers(_rows(folder / "predictions.jsonl"), standard_metrics()),
+            tested=_answers(_rows(folder / "tested.jsonl"), ()),
             rows=_held_out(folder / "held_out.json", switches),
+            validated=_figures(folder / "validated.json"),
             settings=_settings(folder / "config.yaml"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -196,6 +217,11 @@ def _held_out(path: Path, switches: Sequence[Row]) -> dict[str, HeldOut]:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not switches or kept.get("step") != switches[-1]["step"]:
         return {}  # a run that was stopped while it wrote the two
+    return _figures(path)
+
+
+def _figures(path: Path) -> dict[str, HeldOut]:
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}}
     return {name: HeldOut(**values) for name, values in kept["figures"].items()}
 
 
@@ -204,18 +230,23 @@ def _numbers(path: Path) -> list[dict[str, float]]:
     return [{column: float(value) for column, value in row.items() if value} for row in rows]
 
 
-def _answers(rows: Sequence[Row]) -> dict[Key, Completed]:
+def _answers(rows: Sequence[Row], metrics: Sequence[CompletionMetric]) -> dict[Key, Completed]:
+    """Answers by prompt, with what further metrics say of them where the rows do not say it already."""
     seen: Counter[str] = Counter()
     found: dict[Key, Completed] = {}
     for row in rows:
         fields = {name: row[name] for name in ("prompt", "completion", "reference", "tokens", "stopped")}
-        found[row["prompt"], seen[row["prompt"]]] = Completed(**fields, scores=dict(row.get("scores", {})))
+        found[row["prompt"], seen[row["prompt"]]] = Completed(
+            **fields, scores=dict(row.get("scores", {})), scales=dict(row.get("scales", {}))
+        )
         seen[row["prompt"]] += 1
     answers = list(found.values())
-    for metric in standard_metrics():
-        if isinstance(metric, MeanScore):
-            for answer, scores in zip(answers, metric.score(answers), strict=True):
-                answer.scores = scores | answer.scores
+    further = [replace(answer, scores={}, scales={}) for answer in answers]
+    for metric in metrics:
+        metric.annotate(further)
+    for answer, more in zip(answers, further, strict=True):
+        scales = {name: scale for name, scale in more.scales.items() if name not in answer.scores}
+        answer.scores, answer.scales = more.scores | answer.scores, scales | answer.scales
     return found
 
 

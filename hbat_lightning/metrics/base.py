@@ -44,6 +44,8 @@ class CompletionMetric(Metric, ABC):
     """
 
     full_state_update = False
+    names: tuple[str, ...] = ()
+    """What it gives, as far as that is known before anything is scored: no two metrics of a run may give the same."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**({"sync_on_compute": False} | kwargs))
@@ -54,6 +56,19 @@ class CompletionMetric(Metric, ABC):
     @abstractmethod
     def score(self, answers: Sequence[Completed]) -> list[dict[str, float]]:
         """Scores of every answer by name; fewer, or none, where an answer has not what they need, such as a reference."""
+
+    def scale(self, name: str) -> str:
+        """What a score depends on beside the answer: scores of two runs compare where it is the same; nothing.
+
+        Asked after :meth:`build`.
+        """
+        return ""
+
+    def annotate(self, answers: Sequence[Completed]) -> None:
+        """Score answers, and keep the scores in them, with their scales."""
+        for answer, scores in zip(answers, self.score(answers), strict=True):
+            answer.scores |= scores
+            answer.scales |= {name: scale for name in scores if (scale := self.scale(name))}
 
     @abstractmethod
     def add(self, answers: Sequence[Completed]) -> None:
@@ -66,8 +81,7 @@ class CompletionMetric(Metric, ABC):
     def update(self, answers: Sequence[Completed], scored: bool = False) -> None:
         """Score answers, keep the scores in them, and add them up; only the latter where they have their scores."""
         if not scored:
-            for answer, scores in zip(answers, self.score(answers), strict=True):
-                answer.scores |= scores
+            self.annotate(answers)
         self.add(answers)
 
     def notes(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +101,12 @@ class JudgeWinRate(MeanScore):
             {} if other is None else self.compare(answer.prompt, answer.completion, other)
             for answer, other in zip(answers, others, strict=True)
         ]
+
+    def scale(self, name: str) -> str:
+        """The judge, what it is asked, and the opponents."""
+        asked = hashlib.blake2b(self.question.encode(), digest_size=8).hexdigest()
+        settings = f"{self.max_tokens} tokens, temperature {self.temperature:g}"
+        return f"{self.model}, question {asked}, {settings}, against {self._opponents.identity()}"
 
     def compare(self, prompt: str, one: str, other: str) -> dict[str, float]:
         """Scores of one answer against another."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForSeq2SeqLM
 
-from hbat_lightning.base_model import BaseSpec, DType, load_model, load_tokenizer
+from hbat_lightning.base_model import BaseSpec, DType, fingerprint, load_model, load_tokenizer
 from hbat_lightning.completions import Completed
 from hbat_lightning.data.rollouts import Rollout, collate_rollouts
 from hbat_lightning.errors import UserError
@@ -28,7 +28,8 @@ class ReferenceKL(MeanScore):
     r"""How far the policy has gone from a reference: mean over completions of :math:`\log\pi(y|x) - \log\pi^{ref}(y|x)`.
 
     Summed over a completion's tokens, in nats. Of completions sampled at temperature 1 it is an unbiased estimate of the
-    divergence KL(π‖π^ref) (k1); of greedy ones, the default of ``test``, it is their log-ratio, and mostly larger.
+    divergence KL(π‖π^ref) (k1); of greedy ones, the default of ``test``, it is their log-ratio, and mostly larger. The
+    figure is ``kl_base`` or ``kl_initial``.
 
     Args:
         reference: ``base``, the model without the adapter; or ``initial``, what the run began with: the adapter of
@@ -38,7 +39,7 @@ class ReferenceKL(MeanScore):
     """
 
     def __init__(self, reference: Literal["base", "initial"] = "base", **kwargs: Any) -> None:
-        super().__init__(["kl"], **kwargs)
+        super().__init__([f"kl_{reference}"], **kwargs)
         self.reference = reference
         self._adapters: list[str] = []  # none: the bare base
         self._base: CausalScorer | None = None
@@ -65,7 +66,14 @@ class ReferenceKL(MeanScore):
         rollouts = [Rollout(answer.prompt_ids, answer.completion_ids) for answer in answers]
         inputs = {name: value.to(place.device) for name, value in collate_rollouts(rollouts, PAD).items()}
         reference = self._base(inputs) if self._base else place.policy.score_adapters(inputs, self._adapters)
-        return [{"kl": value} for value in (place.policy.score(inputs).row_sums() - reference.row_sums()).tolist()]
+        ratios = (place.policy.score(inputs).row_sums() - reference.row_sums()).tolist()
+        return [{self.names[0]: value} for value in ratios]
+
+    def scale(self, name: str) -> str:
+        """The reference's weights."""
+        policy = _built(self._place).policy
+        adapter = f", {policy.adapter_path}" if self._adapters else ""
+        return f"{policy.base_fingerprint}{adapter}"
 
 
 class RewardScore(MeanScore):
@@ -109,6 +117,11 @@ class RewardScore(MeanScore):
         for scores, value in zip(compared, self._rewards(theirs), strict=True):
             scores |= {"opponent_reward": value, "reward_win_rate": verdict(scores["reward"] - value)}
         return found
+
+    def scale(self, name: str) -> str:
+        """The reward; where answers are compared, their opponents too."""
+        own = self._reward[0].identity()[0]
+        return own if name == "reward" else f"{own}, against {self._opponents.identity()}"
 
     def _rewards(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         place = _built(self._place)
@@ -183,6 +196,7 @@ class BARTScore(MeanScore):
                 "with safetensors, or a hub id"
             ) from error
         self._loaded.append(model.to(device).eval().requires_grad_(False))
+        self._fingerprint = fingerprint(model)
         positions = model.config.to_dict().get("max_position_embeddings")  # T5 and its kin have none
         self._longest = min(self.max_length, positions or self.max_length)
 
@@ -201,6 +215,10 @@ class BARTScore(MeanScore):
             scores |= {"bartscore_precision": precision, "bartscore_recall": recall}
             scores["bartscore_f"] = (precision + recall) / 2
         return found
+
+    def scale(self, name: str) -> str:
+        """The model, and how much of a text it reads."""
+        return f"{self._fingerprint}, {self._longest} tokens"
 
     @torch.no_grad()
     def log_likelihoods(self, sources: Sequence[str], targets: Sequence[str]) -> list[float]:

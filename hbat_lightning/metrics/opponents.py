@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hbat_lightning.completions import Completed
+from hbat_lightning.data.provenance import files_digest
 from hbat_lightning.errors import UserError
 
 
@@ -21,6 +22,7 @@ class Opponents:
     def __init__(self, against: str | None = None) -> None:
         self.against = against
         self._found: dict[str, list[str]] | None = None
+        self._digest: str | None = None
         self._asked: Counter[str] = Counter()
 
     def of(self, answers: Sequence[Completed]) -> list[str | None]:
@@ -39,6 +41,14 @@ class Opponents:
                 "held-out rows (the same data, val settings and seed)"
             )
         return [self._next(answer.prompt, known[answer.prompt]) for answer in answers]
+
+    def identity(self) -> str:
+        """What tells these opponents from others: the data's answers, or a digest of the other run's file."""
+        if self.against is None:
+            return "the data's answers"
+        if self._digest is None:
+            self._digest = files_digest([Path(self.against)])
+        return self._digest
 
     def _next(self, prompt: str, others: Sequence[str]) -> str:
         self._asked[prompt] += 1

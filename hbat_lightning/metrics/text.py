@@ -81,6 +81,10 @@ class Repetition(MeanScore):
         """See :meth:`CompletionMetric.score`."""
         return [{"repetition": repetition(answer.completion, self.n)} for answer in answers]
 
+    def scale(self, name: str) -> str:
+        """The n-grams' size."""
+        return f"n = {self.n}"
+
 
 class Distinct(CompletionMetric):
     """Distinct-n (Li et al. 2016): different n-grams of *all* completions over the number of their n-grams.
@@ -97,6 +101,7 @@ class Distinct(CompletionMetric):
             raise ValueError(f"n must be numbers from 1 on, got {n}")
         super().__init__(**kwargs)
         self.n = tuple(n)
+        self.names = tuple(f"distinct{size}" for size in self.n)
         for size in self.n:
             self.add_state(f"distinct{size}", [], dist_reduce_fx="cat")  # 64 bits of each n-gram's digest
 

@@ -17,6 +17,7 @@ from hbat_lightning.errors import UserError
 from hbat_lightning.metrics import (
     MIN_ROWS,
     BARTScore,
+    Distinct,
     ExactMatch,
     PreferenceAccuracy,
     ReferenceKL,
@@ -90,7 +91,7 @@ def test_kl_is_the_log_ratio_of_policy_and_base(make_policy: Any, tmp_path: Path
     answers, metric = completed(policy), ReferenceKL()
     metric.build(Surroundings(policy, CPU, tmp_path))
     metric.update(answers)
-    assert [answer.scores["kl"] for answer in answers] == [0.0, 0.0]  # nothing is trained yet
+    assert [answer.scores["kl_base"] for answer in answers] == [0.0, 0.0]  # nothing is trained yet
     shake(policy.trained_parameters())
     metric.reset()
     metric.update(answers)
@@ -106,8 +107,8 @@ def test_kl_is_the_log_ratio_of_policy_and_base(make_policy: Any, tmp_path: Path
     with policy.model.disable_adapter():
         base = [log_prob(answer) for answer in answers]
     expected = [a - b for a, b in zip(trained, base, strict=True)]
-    assert [answer.scores["kl"] for answer in answers] == pytest.approx(expected, rel=1e-3)
-    assert metric.compute()["kl"].item() == pytest.approx(sum(expected) / 2, rel=1e-3)
+    assert [answer.scores["kl_base"] for answer in answers] == pytest.approx(expected, rel=1e-3)
+    assert metric.compute()["kl_base"].item() == pytest.approx(sum(expected) / 2, rel=1e-3)
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def test_kl_of_a_full_fine_tune_is_to_the_base_as_its_files_have_it(make_policy:
     metric.update(answers)
     expected = policy.score(inputs).row_sums() - before
     assert bool((expected.abs() > 1e-3).all())
-    assert [answer.scores["kl"] for answer in answers] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert [answer.scores["kl_base"] for answer in answers] == pytest.approx(expected.tolist(), rel=1e-4)
     assert not [name for name in metric.state_dict() if "model" in name], "the base is no part of the metric"
 
 
@@ -135,7 +136,7 @@ def test_kl_to_what_the_run_began_with(make_policy: Any, adapter: str, tmp_path:
         answers, metric = completed(policy), ReferenceKL(reference)
         metric.build(Surroundings(policy, CPU, tmp_path))
         metric.update(answers)
-        return [answer.scores["kl"] for answer in answers]
+        return [answer.scores[f"kl_{reference}"] for answer in answers]
 
     to_base = kls("base")
     assert kls("initial") == [0.0, 0.0]
@@ -153,6 +154,52 @@ def test_kl_to_what_the_run_began_with(make_policy: Any, adapter: str, tmp_path:
     policy.build(CPU)
     shake(policy.trained_parameters())
     assert kls("initial") == kls("base") != [0.0, 0.0]
+
+
+def test_scores_say_what_they_depend_on(make_policy: Any, adapter: str, tmp_path: Path) -> None:
+    """Base and initial policy, two rewards, two opponents: not the same measure; the same asked again is."""
+    policy = make_policy(adapter_path=adapter)
+    policy.build(CPU)
+    other = tmp_path / "predictions.jsonl"
+
+    def scales(metric: Any) -> dict[str, str]:
+        answers = completed(policy)
+        metric.build(Surroundings(policy, CPU, tmp_path))
+        metric.update(answers)
+        assert [answer.row()["scales"] for answer in answers] == [answers[0].scales] * len(answers)
+        return answers[0].scales
+
+    other.write_text(
+        "".join(json.dumps({"prompt": one.prompt, "completion": "it"}) + "\n" for one in completed(policy))
+    )
+    base, initial = scales(ReferenceKL()), scales(ReferenceKL("initial"))
+    assert [list(base), list(initial)] == [["kl_base"], ["kl_initial"]]
+    assert base == scales(ReferenceKL())
+    assert adapter in initial["kl_initial"]
+    assert adapter not in base["kl_base"]
+    first, second = scales(RewardScore(FunctionReward(_words))), scales(RewardScore(FunctionReward(_letters)))
+    assert first == scales(RewardScore(FunctionReward(_words)))
+    assert all(first[name] != second[name] for name in ("reward", "opponent_reward", "reward_win_rate"))
+    against = scales(RewardScore(FunctionReward(_words), against=str(other)))
+    assert against["reward"] == first["reward"]
+    assert against["reward_win_rate"] != first["reward_win_rate"]
+    assert scales(ExactMatch()) == {}
+
+
+def _words(prompt: str, completion: str) -> float:
+    return float(len(completion.split()))
+
+
+def _letters(prompt: str, completion: str) -> float:
+    return float(len(completion))
+
+
+def test_two_metrics_of_one_name_are_refused(make_policy: Any) -> None:
+    with pytest.raises(ValueError, match="more than one of them gives kl_base"):
+        SFTModule(make_policy(), metrics=[ReferenceKL(), ExactMatch(), ReferenceKL("base")])
+    SFTModule(make_policy(), metrics=[ReferenceKL(), ReferenceKL("initial")])
+    with pytest.raises(ValueError, match="gives distinct2"):
+        SFTModule(make_policy(), metrics=[Distinct(), Distinct([2, 3])])
 
 
 def test_reward_win_rate_counts_ties_half_and_takes_another_runs_answers(make_policy: Any, tmp_path: Path) -> None:
