@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
+import yaml
 
 from hbat_lightning.cli import main
 from tests.conftest import ROOT
@@ -62,7 +65,7 @@ def test_posts_state_their_facts_and_no_answer_has_an_unknown_word() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_configuration(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the last of its draws, and every setting as it says."""
+    """With the last of its draws, and every setting as it says, where the command line has put it."""
     (chosen, *_) = draws(METHODS[name], 8)[::-1]
     trial = Trial(METHODS[name], chosen, tmp_path, "test", tmp_path / "run", 1, tmp_path / "start")
     layers, _, _, options = _arguments(trial)
@@ -71,10 +74,30 @@ def test_every_method_is_a_configuration(name: str, tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit) as ended:
         main(["fit", *arguments, "--print_config"])
     assert ended.value.code in (0, None)
-    said = capsys.readouterr().out
-    assert f"class_path: {'hbat_lightning.' if name != 'sft' else ''}" in said
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert len(options) > len(chosen) > 0
+    for key, value in options.items():
+        assert agrees(setting(config, key), value), key
     assert len(draws(METHODS[name], 8)) == 8 or name == "sft"
-    assert draws(METHODS[name], 8) == draws(METHODS[name], 8)
+
+
+def setting(config: Any, key: str) -> Any:
+    """What a parsed configuration has under a dotted name; of the callbacks, what the one has that owns it."""
+    for part in key.split("."):
+        if isinstance(config, list):
+            (config,) = (one["init_args"] for one in config if part in one["init_args"])
+        config = config[part] if part in config else config["init_args"][part]
+    return config
+
+
+def agrees(found: Any, given: Any) -> bool:
+    """Whether it is what was given: a class by its name, a mapping by what it names, a number or a path."""
+    if isinstance(found, dict):
+        wanted = json.loads(given) if str(given).startswith("{") else given
+        if isinstance(wanted, dict):
+            return wanted.items() <= found.items()
+        return bool(found["class_path"].rpartition(".")[2] == wanted)
+    return bool(found == given or str(found) == str(given) or found == yaml.safe_load(str(given)))
 
 
 def test_methods_differ_in_what_they_are_and_not_in_their_draws() -> None:
@@ -206,6 +229,93 @@ def test_a_world_of_other_sizes_is_not_taken_for_this_one(tmp_path: Path) -> Non
     assert world.make_world(tmp_path, 1, SMOKE) == tmp_path / "world-1"
     with pytest.raises(SystemExit, match="another --output"):
         world.make_world(tmp_path, 1, Sizes())
+
+
+def test_a_world_that_was_stopped_is_made_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the base was there and the pairs were not, and when all was but its mark."""
+    pairs = world._write_pairs
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "_write_pairs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        world.make_world(tmp_path / "stopped", 1, SMOKE)
+    assert (tmp_path / "stopped" / "world-1" / "base" / "model.safetensors").exists()
+    monkeypatch.setattr(world, "_write_pairs", pairs)
+    made = world.make_world(tmp_path / "stopped", 1, SMOKE)
+    before = {path: path.read_bytes() for path in sorted(made.rglob("*")) if path.suffix in (".jsonl", ".safetensors")}
+    assert {path.parent.name for path in before} >= {"base", "reward", "world-1"}
+    (made / "world.json").unlink()
+    assert world.make_world(tmp_path / "stopped", 1, SMOKE) == made
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_intervals_are_students() -> None:
+    for count, quantile in report.STUDENT.items():
+        assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, count - 1), abs=5e-4)
+    assert (min(report.STUDENT), max(report.STUDENT)) == (2, 30)
+    values = [float(number % 7) for number in range(12)]
+    low, high = scipy.stats.t.interval(0.95, 11, statistics.mean(values), scipy.stats.sem(values))
+    assert report.interval(values) == f"{statistics.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+KEPT = [json.loads(line) for line in (STUDY / "results" / "kept.jsonl").read_text().splitlines()]
+QUOTED = [
+    ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "score", "−0.10 [−0.31, +0.12]"),
+    ("Hbat-PPO/none/chosen", "two-stage PPO/chosen", "score", "−0.29 [−0.41, −0.17]"),
+    ("Hbat-DPO/drift/chosen", "two-stage DPO/chosen", "score", "−0.18 [−0.31, −0.05]"),
+    ("Hbat-PPO/drift/chosen", "two-stage PPO/chosen", "score", "−0.35 [−0.54, −0.15]"),
+    ("Hbat-DPO/drift/rounds-10", "two-stage DPO/chosen", "score", "−0.57 [−0.72, −0.42]"),
+    ("Hbat-DPO/none/rounds-10", "Hbat-DPO/none/chosen", "score", "−0.26 [−0.46, −0.06]"),
+    ("Hbat-DPO/none/rounds-10", "Hbat-DPO/none/chosen", "exact", "+0.08 [−0.06, +0.22]"),
+    ("Hbat-DPO/none/rounds-10", "Hbat-DPO/none/chosen", "gold", "−0.63 [−0.95, −0.31]"),
+    ("Hbat-DPO/drift/chosen", "Hbat-DPO/drift/rounds-1", "score", "−0.16 [−0.30, −0.03]"),
+    ("SFT+dpo/chosen", "two-stage DPO/chosen", "score", "+0.25 [+0.17, +0.33]"),
+    ("SFT+dpo/chosen", "two-stage RAFT/chosen", "score", "+0.07 [−0.06, +0.20]"),
+    ("SFT+ppo/chosen", "two-stage PPO/chosen", "score", "+0.22 [+0.03, +0.42]"),
+    ("two-stage DPO/EWC/drift/chosen", "two-stage DPO/chosen", "score", "−0.01 [−0.02, +0.00]"),
+    ("Hbat-DPO/drift/chosen", "Hbat-DPO/none/chosen", "score", "−0.09 [−0.34, +0.17]"),
+    ("Hbat-PPO/drift/chosen", "Hbat-PPO/none/chosen", "score", "−0.06 [−0.24, +0.12]"),
+    ("Hbat-DPO/uniform/chosen", "Hbat-DPO/none/chosen", "score", "−0.28 [−0.34, −0.21]"),
+    ("Hbat-DPO/drift/chosen", "Hbat-DPO/uniform/chosen", "score", "+0.19 [−0.01, +0.38]"),
+    ("Hbat-PPO/drift/chosen", "Hbat-PPO/uniform/chosen", "score", "−0.03 [−0.19, +0.14]"),
+    ("Hbat-DPO/drift/chosen", "Hbat-DPO/random/chosen", "score", "−0.03 [−0.08, +0.03]"),
+    ("Hbat-PPO/drift/chosen", "Hbat-PPO/random/chosen", "score", "−0.02 [−0.18, +0.14]"),
+    ("Hbat-DPO/drift/chosen", "Hbat-DPO/Fisher/chosen", "score", "−0.03 [−0.30, +0.24]"),
+    ("Hbat-DPO/literal/chosen", "Hbat-DPO/none/chosen", "score", "−0.01 [−0.08, +0.05]"),
+    ("Hbat-PPO/literal/chosen", "Hbat-PPO/none/chosen", "score", "−0.00 [−0.17, +0.17]"),
+    ("Hbat-DPO/none/full", "two-stage DPO/full", "score", "−0.18 [−0.26, −0.10]"),
+    ("Hbat-DPO/drift/full", "two-stage DPO/full", "score", "−0.28 [−0.39, −0.17]"),
+    ("two-stage DPO/chosen", "sft/chosen", "exact", "−0.03 [−0.10, +0.04]"),
+    ("two-stage PPO/chosen", "sft/chosen", "exact", "−0.03 [−0.09, +0.04]"),
+    ("two-stage DPO/full", "sft/full", "exact", "−0.09 [−0.13, −0.04]"),
+    ("two-stage DPO/full", "two-stage DPO/chosen", "exact", "−0.06 [−0.10, −0.01]"),
+    ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "plain", "−0.26 [−0.71, +0.20]"),
+    ("Hbat-DPO/drift/chosen", "two-stage DPO/chosen", "plain", "−0.33 [−0.90, +0.24]"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "figure", "quoted"), QUOTED)
+def test_quoted_differences_are_those_of_the_kept_runs(one: str, other: str, figure: str, quoted: str) -> None:
+    """Means and Student's intervals over the five final worlds, from results/kept.jsonl, by scipy."""
+    golds = {run["seed"]: run["gold"] for run in KEPT if run["place"].startswith("sft/chosen-")}
+
+    def values(place: str) -> list[float]:
+        own = [run for run in KEPT if run["place"].rpartition("-")[0] == place and run["seed"] > 20]
+        gains = [(run["gold"] - golds[run["seed"]]) / (scores.IDEAL - golds[run["seed"]]) for run in own]
+        assert [run["seed"] for run in own] == [21, 22, 23, 24, 25]
+        if figure == "score":
+            return [run["exact"] + gain for run, gain in zip(own, gains, strict=True)]
+        return [run[figure] for run in own]
+
+    apart = [left - right for left, right in zip(values(one), values(other), strict=True)]
+    mean = statistics.mean(apart)
+    low, high = scipy.stats.t.interval(0.95, len(apart) - 1, mean, scipy.stats.sem(apart))
+    assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−") == quoted
+    assert quoted in " ".join((STUDY / "README.md").read_text().split())
 
 
 def test_a_front_has_what_nothing_else_beats() -> None:

@@ -100,6 +100,7 @@ def make_base(data: Path, folder: Path, sizes: Sizes) -> Path:
     base = folder / "base"
     if _made(folder, asdict(sizes)):
         return base
+    shutil.rmtree(base, ignore_errors=True)  # of a start that was stopped before it was whole
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_one_line(row, "instruction", "input", "output") for row in _alpaca(data)[: sizes.language]]
     talks = json.loads((data / "dpo_en_demo.json").read_text())[: sizes.language]

@@ -40,19 +40,16 @@ LATER = {
     "Hbat is better than two stages (PPO)": ("Hbat-PPO, drift", "two-stage PPO"),
     "Hbat is better than SFT+dpo": ("Hbat-DPO, drift", "SFT+dpo"),
     "SFT+dpo is better than two stages": ("SFT+dpo", "two-stage DPO"),
+    "SFT+dpo is better than RAFT as a second stage": ("SFT+dpo", "two-stage RAFT"),
+    "SFT+ppo is better than two stages": ("SFT+ppo", "two-stage PPO"),
     "alternation is better than SFT+ppo": ("Hbat-PPO, none", "SFT+ppo"),
 }
-STUDENT = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # t, 95 %, by count
+# Student's t, 95 %, of 2, 3, … 30 values.
+_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+)
+STUDENT = dict(enumerate(_QUANTILES, start=2))
 
 
 def report(folder: Path, results: Sequence[Result]) -> None:
@@ -132,14 +129,14 @@ def claims(results: Sequence[Result], golds: Mapping[int, float], which: Mapping
 
 
 def interval(differences: Sequence[float]) -> str:
-    """Mean of paired differences with Student's 95 % interval."""
+    """Mean of paired differences with Student's 95 % interval; of more than 30 it is that of 30, which is wider."""
     mean, half = _interval(differences)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def _interval(differences: Sequence[float]) -> tuple[float, float]:
     count = len(differences)
-    half = STUDENT.get(count, 1.96) * statistics.stdev(differences) / math.sqrt(count)
+    half = STUDENT[min(count, 30)] * statistics.stdev(differences) / math.sqrt(count)
     return statistics.mean(differences), half
 
 

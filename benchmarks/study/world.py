@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def make_world(folder: Path, seed: int, sizes: Sizes) -> Path:
         if json.loads(done.read_text()) != made:
             raise SystemExit(f"{world} is a world of other sizes: give another --output, or remove it")
         return world
-    world.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(world, ignore_errors=True)  # what was stopped on the way is made anew: all of it is from one seed
+    world.mkdir(parents=True)
     rng = random.Random(f"study {seed}")
     _pretrain(world, rng, seed, sizes)
     for name, count in (("instruction", sizes.instructions), ("instruction-held-out", sizes.held_out)):

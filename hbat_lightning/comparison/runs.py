@@ -25,6 +25,7 @@ from hbat_lightning.privacy import without_secret_settings
 
 OTHER = {INSTRUCTION: PREFERENCE, PREFERENCE: INSTRUCTION}
 Row = dict[str, Any]
+UNKNOWN = "unknown"  # what a score depends on that another program, or an earlier version, has written
 Key = tuple[str, int]
 """A prompt, and how many rows before it have the same one."""
 
@@ -237,7 +238,9 @@ def _answers(rows: Sequence[Row], metrics: Sequence[CompletionMetric]) -> dict[K
     for row in rows:
         fields = {name: row[name] for name in ("prompt", "completion", "reference", "tokens", "stopped")}
         found[row["prompt"], seen[row["prompt"]]] = Completed(
-            **fields, scores=dict(row.get("scores", {})), scales=dict(row.get("scales", {}))
+            **fields,
+            scores=dict(row.get("scores", {})),
+            scales=dict(row["scales"]) if "scales" in row else _unknown(row),
         )
         seen[row["prompt"]] += 1
     answers = list(found.values())
@@ -248,6 +251,12 @@ def _answers(rows: Sequence[Row], metrics: Sequence[CompletionMetric]) -> dict[K
         scales = {name: scale for name, scale in more.scales.items() if name not in answer.scores}
         answer.scores, answer.scales = more.scores | answer.scores, scales | answer.scales
     return found
+
+
+def _unknown(row: Row) -> dict[str, str]:
+    """Scales of a row that has none: only what the standard metrics say is known to depend on nothing else."""
+    known = {name for metric in standard_metrics() for name in metric.names}
+    return {name: UNKNOWN for name in row.get("scores", {}) if name not in known}
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from hbat_lightning.comparison.runs import FORGOTTEN, OTHER, HeldOut, Key, Run, scores_of
+from hbat_lightning.comparison.runs import FORGOTTEN, OTHER, UNKNOWN, HeldOut, Key, Run, scores_of
 from hbat_lightning.completions import Completed
 from hbat_lightning.metrics import MIN_ROWS, Interval, bootstrap, paired_bootstrap
 
@@ -256,7 +256,10 @@ def _differ(name: str, pairs: Sequence[tuple[Completed, Completed]]) -> str:
         return "other prompts"
     if any(one.reference != other.reference for one, other in pairs):
         return "other rows"
-    return "other measure" if any(one.scales.get(name) != other.scales.get(name) for one, other in pairs) else ""
+    scales = {(one.scales.get(name), other.scales.get(name)) for one, other in pairs}
+    if any(UNKNOWN in pair for pair in scales):
+        return "unknown measure"
+    return "other measure" if any(one != other for one, other in scales) else ""
 
 
 def _paired(name: str, pairs: Sequence[tuple[Completed, Completed]]) -> tuple[list[float], list[float]]:

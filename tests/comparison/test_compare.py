@@ -260,7 +260,13 @@ def test_unlike_measures_and_rows_are_not_compared(compared: Path, tmp_path: Pat
     assert (found["judge_win_rate"]["difference"], found["judge_win_rate"]["not_compared"]) == ("0.0", "")
     assert "| other measure |" in (tmp_path / "out" / "comparison.md").read_text()
     assert '<td class="">other measure</td>' in (tmp_path / "out" / "comparison.html").read_text()
-    rows = lines(tmp_path / "second" / "tested.jsonl")
+    rows = [
+        {name: value for name, value in row.items() if name != "scales"}
+        for row in lines(tmp_path / "second" / "tested.jsonl")
+    ]
+    (tmp_path / "second" / "tested.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whys = {one.name: one.cells[1].why for one in compare(read_runs([tmp_path / run for run in RUNS]))}
+    assert (whys["judge_win_rate"], whys["rougeL"]) == ("unknown measure", "")
     rows[0]["reference"] += " and more"
     (tmp_path / "second" / "tested.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (figure,) = (one for one in compare(read_runs([tmp_path / run for run in RUNS])) if one.name == "judge_win_rate")
