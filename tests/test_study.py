@@ -21,8 +21,10 @@ from tests.conftest import ROOT
 STUDY = ROOT / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
 
+import explore  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import sample  # noqa: E402
 import scores  # noqa: E402
 import study  # noqa: E402
 import task  # noqa: E402
@@ -316,6 +318,49 @@ def test_quoted_differences_are_those_of_the_kept_runs(one: str, other: str, fig
     low, high = scipy.stats.t.interval(0.95, len(apart) - 1, mean, scipy.stats.sem(apart))
     assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−") == quoted
     assert quoted in " ".join((STUDY / "README.md").read_text().split())
+
+
+def test_exploring_changes_what_was_chosen_and_compares_by_world(tmp_path: Path) -> None:
+    grids = [["model.schedule.rounds", "5", "10"], ["model.instruction.lr", "3e-3"]]
+    cases = list(explore.combinations(grids))
+    assert cases == [
+        {"model.schedule.rounds": 5, "model.instruction.lr": 0.003},
+        {"model.schedule.rounds": 10, "model.instruction.lr": 0.003},
+    ]
+    method, settings = METHODS["Hbat-DPO, none"], explore.chosen("Hbat-DPO, none")
+    assert settings["model.schedule.rounds"] == 2
+    made = [explore.trials(tmp_path, method, settings, case, [21, 22]) for case in cases]
+    assert [trial.chosen["model.schedule.rounds"] for own in made for trial in own] == [5, 5, 10, 10]
+    assert {trial.chosen["model.preference.beta"] for own in made for trial in own} == {
+        settings["model.preference.beta"]
+    }
+    assert len({trial.folder for own in made for trial in own}) == 4
+    assert {trial.split for own in made for trial in own} == {"test"}
+
+    def results(*golds: float) -> list[dict[str, float]]:
+        return [
+            {"seed": seed, "exact": 1.0, "plain": 0.5, "gold": gold} for seed, gold in zip((21, 22), golds, strict=True)
+        ]
+
+    start = scores.IDEAL - 2
+    table = explore.table(["a", "b"], [results(start, start), results(start + 1, start + 0.5)], {21: start, 22: start})
+    assert table.splitlines()[2] == f"| a | 1.000 | 0.500 | {start:.3f} | 1.000 |  |"
+    assert table.splitlines()[3].endswith("| 1.375 | " + report.interval([0.5, 0.25]) + " |")
+
+
+def test_a_sample_makes_the_kept_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trial of a kept result has its settings and place; hours are of all runs, at the pace of those that were drawn."""
+    kept = next(run for run in KEPT if run["place"] == "Hbat-DPO/drift/rounds-5-22")
+    trial = sample.trial_of(kept, METHODS, tmp_path)
+    assert (trial.world, trial.split, trial.seed) == (tmp_path / "worlds" / "world-22", "test", 22)
+    assert (trial.chosen["model.schedule.rounds"], trial.full) == (5, False)
+    assert trial.start == tmp_path / "runs" / "sft" / "chosen-22" / "adapter"
+    again = [kept | {"seconds": seconds, "exact": kept["exact"] + 0.5 * (seconds == 30)} for seconds in (5, 10, 20, 30)]
+    sample.tell([kept] * 4, again, before=360, count=1, rest=180, workers=2)
+    told = capsys.readouterr().out
+    assert "10 to 30 seconds, 20.0 on average, 2 side by side: the study 0.60 hours" in told
+    assert "same rows and settings: 4 of 4" in told
+    assert "exact: the same in 3; 0.1250 apart on average, 0.5000 at most" in told
 
 
 def test_a_front_has_what_nothing_else_beats() -> None:

@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--known", type=Path, help="kept.jsonl of a study with the same worlds: its runs are not made again"
     )
+    parser.add_argument("--no-variants", action="store_true", help="end with the final runs")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args()
@@ -190,7 +191,7 @@ def main() -> None:
             f"{bring_back(given.known, runs)} results are in {given.known}; those of the same settings and worlds count"
         )
     try:
-        for results in carry_out(plan, methods, Workers(given.workers), not given.smoke):
+        for results in carry_out(plan, methods, Workers(given.workers), not (given.smoke or given.no_variants)):
             report(given.output, results)
     finally:
         print(f"{keep(runs, given.output / 'kept.jsonl')} runs are in {given.output / 'kept.jsonl'}")
