@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -111,7 +112,7 @@ def line_chart(title: str, frame: Frame, lines: Sequence[Line], spans: Sequence[
     parts += _axes(frame)
     for line in lines:
         points = [(x, y) for x, y in line.points if math.isfinite(y)]
-        pieces = [_thinned(piece) for piece in ([points] if line.dots else _pieces(points)) if piece]
+        pieces = [_thinned(piece) for piece in ([points] if line.dots else _pieces(points, spans)) if piece]
         if not pieces:
             continue
         path = "".join("M" + "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in piece) for piece in pieces)
@@ -280,14 +281,18 @@ def _dot(x: float, y: float, line: Line, value: str) -> str:
     return f'<circle class="dot {line.kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{tip}</circle>'
 
 
-def _pieces(points: Sequence[Point]) -> list[list[Point]]:
-    """A curve where it has values: it breaks off where steps are missing, as in the phases of the other objective."""
+def _pieces(points: Sequence[Point], spans: Sequence[Span]) -> list[list[Point]]:
+    """A curve where it has values: it breaks off where a phase has none, or steps are missing."""
+    ends = [span.end for span in spans]
     gaps = sorted(right[0] - left[0] for left, right in pairwise(points))
     usual = gaps[len(gaps) // 2] if gaps else 1.0
     pieces: list[list[Point]] = [[]]
     for point in points:
-        if pieces[-1] and point[0] - pieces[-1][-1][0] > 3 * usual:
-            pieces.append([])
+        if pieces[-1]:
+            before = pieces[-1][-1][0]
+            skipped = bisect_left(ends, point[0]) - bisect_left(ends, before) > 1  # a phase ends with its last step
+            if skipped or point[0] - before > 3 * usual:
+                pieces.append([])
         pieces[-1].append(point)
     return pieces
 

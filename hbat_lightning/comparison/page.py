@@ -108,9 +108,9 @@ def _about_figures(runs: Sequence[Run], confidence: float) -> str:
 
 def _table(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
     leads = any(cell.lead or cell.why for figure in figures for cell in figure.cells)
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    head = "".join(f"<th>{_breakable(run.name)}</th>" for run in runs)
     if leads:
-        head += "".join(f"<th>{escape(run.name)} − {escape(runs[0].name)}</th>" for run in runs[1:])
+        head += "".join(f"<th>{_breakable(run.name)} − {_breakable(runs[0].name)}</th>" for run in runs[1:])
     lines, group = [f"<tr><th></th>{head}</tr>"], ""
     columns = 1 + len(runs) + (len(runs) - 1 if leads else 0)
     for figure in figures:
@@ -147,7 +147,7 @@ def _settings(runs: Sequence[Run]) -> str:
     ]
     if len(runs) < 2 or not differ:
         return ""
-    head = "".join(f'<th class="text">{escape(run.name)}</th>' for run in runs)
+    head = "".join(f'<th class="text">{_breakable(run.name)}</th>' for run in runs)
     lines = []
     for name in differ:
         cells = "".join(f'<td class="text">{escape(str(run.settings.get(name, "")))}</td>' for run in runs)

@@ -9,7 +9,7 @@ import pytest
 from hbat_lightning.comparison.charts import Frame, Line, Spot, frame_of, heat_map, line_chart, scatter
 from hbat_lightning.comparison.differences import marked
 from hbat_lightning.comparison.page import comparison_page
-from hbat_lightning.comparison.runs import Run
+from hbat_lightning.comparison.runs import Run, Span
 from hbat_lightning.comparison.table import compare
 from hbat_lightning.completions import Completed
 
@@ -44,6 +44,21 @@ def test_many_points_become_means_of_stretches() -> None:
     (path,) = re.findall(r'class="line instruction" d="([^"]+)"', chart)
     assert len(path.split("L")) == 300
     assert len({piece.split()[1] for piece in path[1:].split("L")}) == 1  # every mean is a half
+
+
+def test_a_curve_is_not_drawn_through_a_phase_without_values() -> None:
+    """A short one too; but on into the next phase where that has values, as EWC's pull has in every phase."""
+    spans = [Span(0, 3, "instruction"), Span(3, 4, "preference"), Span(4, 6, "instruction"), Span(6, 8, "preference")]
+
+    def lengths(*steps: float) -> list[int]:
+        points = [(step, 1.0) for step in steps]
+        chart = line_chart("t", frame_of([points], 8), [Line("l", points, "instruction")], spans)
+        (path,) = re.findall(r'class="line instruction" d="([^"]+)"', chart)
+        return [len(piece.split("L")) for piece in path.split("M")[1:]]
+
+    assert lengths(1, 2, 3, 5, 6) == [3, 2]
+    assert lengths(4, 7, 8) == [1, 2]
+    assert lengths(1, 2, 3, 4, 5, 6, 7, 8) == [8]
 
 
 def test_logarithms_only_where_values_allow_for_it() -> None:
