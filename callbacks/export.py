@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from hbat_lightning.alignment import AlignmentModule
+from hbat_lightning.files import share_weights
 from hbat_lightning.model_card import Training, describe_method, write_card
 from hbat_lightning.trainer_checks import is_dry_run
 
@@ -42,6 +43,7 @@ class PolicyExport(Callback):
         folder, callbacks = self.folder(trainer, pl_module), trainer.callbacks  # type: ignore[attr-defined]
         pl_module.policy.export(folder)
         notes = [note for objective in pl_module.objectives.values() for note in objective.export(folder)]
+        share_weights(folder)
         method = describe_method(pl_module, callbacks)
         training = Training(pl_module.origin, trainer.global_step, Path(trainer.default_root_dir), method)
         write_card(folder, pl_module.policy.weights, training, notes)

@@ -153,8 +153,11 @@ class HbatCLI(LightningCLI):
         if loggers is not False:
             extra = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
             # Lightning logs evaluations outside fit as step 0, which would stand in the middle of a curve.
-            name = "metrics.csv" if self.subcommand in (None, "fit") else "evaluation.csv"
-            kwargs["logger"] = [MetricsLogger(str(self.run_folder), name), *extra]
+            if self.subcommand in (None, "fit"):
+                table = MetricsLogger(str(self.run_folder))
+            else:  # and as epoch 0, whatever checkpoint it is of
+                table = MetricsLogger(str(self.run_folder), "evaluation.csv", leave_out=["epoch"])
+            kwargs["logger"] = [table, *extra]
         own = given.get("callbacks") or []
         own = list(own) if isinstance(own, list) else [own]
         kwargs["callbacks"] = own + _standard_callbacks(own, given)

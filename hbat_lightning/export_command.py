@@ -23,6 +23,7 @@ from hbat_lightning.checkpoint_state import adopt_state, require_identity
 from hbat_lightning.cli import HbatCLI, add_accept_changes, make_cli
 from hbat_lightning.data.sets import pad_id
 from hbat_lightning.errors import UserError
+from hbat_lightning.files import share_weights
 from hbat_lightning.generation import decoding
 from hbat_lightning.model_card import ADAPTER, MODEL, RECORD, Training, describe_method, read_record, write_card
 from hbat_lightning.objectives import BradleyTerryModule
@@ -262,6 +263,7 @@ class _Export:
 def _write_adapter(export: _Export) -> None:
     export.clear()
     export.module.policy.export(export.output)
+    share_weights(export.output)
     write_card(export.output, ADAPTER, export.training)
 
 
@@ -290,6 +292,7 @@ def _save(model: PreTrainedModel, export: _Export) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(export.output, max_shard_size="5GB")
     tokenizer.save_pretrained(export.output)
+    share_weights(export.output)
 
 
 _FORMS: dict[Form, Callable[[_Export], None]] = {"adapter": _write_adapter, "merged": _write_merged}

@@ -43,6 +43,17 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def share_weights(folder: Path) -> None:
+    """Let those read weights who can read the settings beside them: safetensors writes a file for its owner alone.
+
+    Args:
+        folder: Of a model or an adapter, with its ``.json`` files.
+    """
+    settings = next(folder.glob("*.json"))
+    for path in folder.glob("*.safetensors"):
+        path.chmod(settings.stat().st_mode & 0o777)
+
+
 def append_text(path: Path, text: str, sync: bool = False) -> None:
     """Add to a text file; where there is no room, it is left as it was.
 

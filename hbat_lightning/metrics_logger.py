@@ -60,11 +60,17 @@ class MetricsLogger(CSVLogger):
     Args:
         save_dir: The run folder.
         filename: Name of the file in it.
+        leave_out: Columns that are not written.
     """
 
-    def __init__(self, save_dir: str, filename: str = ExperimentWriter.NAME_METRICS_FILE) -> None:
+    def __init__(
+        self,
+        save_dir: str,
+        filename: str = ExperimentWriter.NAME_METRICS_FILE,
+        leave_out: Sequence[str] = (),
+    ) -> None:
         super().__init__(save_dir, name=None, version="", flush_logs_every_n_steps=1)
-        self._filename = filename
+        self._filename, self._leave_out = filename, leave_out
         self._ahead: tuple[int, frozenset[str]] | None = None
 
     @property
@@ -89,6 +95,7 @@ class MetricsLogger(CSVLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write a row."""
+        metrics = {name: value for name, value in metrics.items() if name not in self._leave_out}
         ahead, self._ahead = self._ahead, None
         if ahead is None or (step, frozenset(metrics)) != ahead:
             super().log_metrics(metrics, step)

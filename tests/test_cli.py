@@ -176,6 +176,7 @@ def test_evaluation_of_the_trained_model(run: Path, tmp_path: Path) -> None:
     with (folder / "evaluation.csv").open(newline="") as file:
         new = list(csv.DictReader(file))
     assert {row["step"] for row in new} == {metrics(folder)[-1]["step"]}, "that of the checkpoint"
+    assert "epoch" not in new[0], "Lightning would say 0 of every checkpoint"
     assert any(row.get("test/rouge_l") or row.get("test/exact_match") for row in new), new
     validated = next(row["val/instruction/loss"] for row in new if row["val/instruction/loss"])
     assert float(validated) == pytest.approx(float(last), rel=1e-6), "validate of the last checkpoint tells the same"

@@ -382,6 +382,16 @@ def test_a_checkpoint_that_training_went_on_from_is_not_taken_for_the_result(
 # ---- the card ---------------------------------------------------------------------------------------------------------
 
 
+def test_weights_are_for_whoever_may_read_the_rest(run: Path, tmp_path: Path) -> None:
+    """The run's own adapter, an exported one and a merged model: safetensors alone would write them for their owner."""
+    folders = [run / "adapter"]
+    folders += [export(run, tmp_path / form, "--form", form) for form in ("adapter", "merged")]
+    for folder in folders:
+        modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
+        assert any(name.endswith(".safetensors") for name in modes)
+        assert len(set(modes.values())) == 1, modes
+
+
 def test_the_card_of_a_finished_run(run: Path) -> None:
     card = ModelCard.load(run / "adapter" / "README.md")
     assert card.data.library_name == "peft"
