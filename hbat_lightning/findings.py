@@ -64,6 +64,7 @@ class PartFindings:
         answers: Last answers of usable rows; a pair has two.
         ending_in_stop: Share of these whose last label is the stop token; ``None`` where there are none.
         unsupervised: Usable rows with an answer of which no token is learnt.
+        unknown: Usable rows of whose tokens more than a tenth are the tokenizer's unknown one.
         boundary_merges: Rows whose prompt and answer, tokenised as one text, would give other ids at their boundary.
         bos: Sequences by how many bos tokens they hold.
     """
@@ -80,6 +81,7 @@ class PartFindings:
     answers: int
     ending_in_stop: float | None
     unsupervised: int
+    unknown: int
     boundary_merges: int
     bos: dict[str, int]
 
@@ -186,6 +188,7 @@ def warnings(source: SourceFindings, tokenizer: dict[str, Any]) -> list[str]:
         (dropped, "are left out, being longer than max_length"),
         (cut, "lose the end of an answer and its stop token, so that no stop is learnt there"),
         (unsupervised, "have no token to learn"),
+        (sum(part.unknown for part in parts), "are for more than a tenth words that the tokenizer does not know"),
         (twice.across, "are held out but stand in training too, so that held-out figures will flatter"),
         (twice.inside_train, "repeat an earlier row of training"),
     ]

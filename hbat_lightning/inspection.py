@@ -117,7 +117,7 @@ class _Part:
         self.encoder, self.kind, self.keep = encoder, kind, keep
         self.faults: list[DataError] = []
         self.examples: list[Example] = []
-        self.rows = self.usable = self.over_length = self.unsupervised = self.answers = self.stopped = 0
+        self.rows = self.usable = self.over_length = self.unsupervised = self.unknown = self.answers = self.stopped = 0
         self.lengths: dict[str, array[int]] = {}
         self.bos: Counter[str] = Counter()
 
@@ -138,6 +138,7 @@ class _Part:
         if encoded is None:
             return
         self.usable += 1
+        self.unknown += any(self._share_unknown(side) > 0.1 for side in encoded)
         for side in encoded:
             self._opening(side)
         if self.kind.answered:
@@ -163,6 +164,13 @@ class _Part:
         self.answers += 1
         self.stopped += bool(side.supervised[-1]) and int(side.input_ids[-1]) == self.encoder.stop_token_id
 
+    def _share_unknown(self, side: Encoded) -> float:
+        tokenizer = self.encoder.tokenizer
+        unknown = tokenizer.unk_token_id
+        if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            return 0.0  # a tokenizer of bytes knows everything, and may have another token in that place
+        return int((side.input_ids == unknown).sum()) / max(len(side.input_ids), 1)
+
     def _opening(self, side: Encoded) -> None:
         bos = self.encoder.tokenizer.bos_token_id
         count = 0 if bos is None else int((side.input_ids == bos).sum())
@@ -183,6 +191,7 @@ class _Part:
             answers=self.answers,
             ending_in_stop=self.stopped / self.answers if self.answers else None,
             unsupervised=self.unsupervised,
+            unknown=self.unknown,
             boundary_merges=counts["boundary_merges"],
             bos=dict(self.bos),
         )

@@ -98,7 +98,7 @@ def _part(name: str, part: PartFindings, findings: Findings) -> list[str]:
         f"  over max_length {settings['max_length']:,}: {part.over_length:,} rows; truncation {settings['truncation']} "
         f"drops {part.dropped:,} and cuts {cut:,}; truncation error would end the run at {part.over_length:,}",
         f"  last label is the stop token: {share} of {part.answers:,} answers; rows without a token to learn: "
-        f"{part.unsupervised:,}",
+        f"{part.unsupervised:,}; with unknown words: {part.unknown:,}",
         f"  boundary merges of prompt and answer: {part.boundary_merges:,}; sequences by bos tokens: {bos or 'none'}",
     ]
 

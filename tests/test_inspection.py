@@ -178,6 +178,21 @@ def test_a_cut_answer_loses_its_stop(examine: Examine) -> None:
     assert source.parts["training"].ending_in_stop == 0.5
 
 
+def test_words_that_the_tokenizer_does_not_know(examine: Examine) -> None:
+    """One in ten is no finding, two are; in pairs of either side; held-out rows too."""
+    some, more = row(8, 1), row(8, 1)
+    some["prompt"] = some["prompt"].replace("w3", "never")
+    more["prompt"] = some["prompt"].replace("w4", "seen")
+    findings = examine(SFT, [row(8, 1), some, more], [more])
+    assert [findings.sources[0].parts[part].unknown for part in ("training", "held_out")] == [1, 1]
+    assert any(
+        "are for more than a tenth words that the tokenizer does not know: 2" in line for line in findings.warnings
+    )
+    pair = {"prompt": sentence(3), "chosen": sentence(3), "rejected": "never seen w1"}
+    assert examine(PAIRS, [pair]).sources[0].parts["training"].unknown == 1
+    assert not any("does not know" in line for line in examine(SFT, [row(8, 1), some]).warnings)
+
+
 def test_duplicates(examine: Examine) -> None:
     train = [row(3, 2, n) for n in range(6)]
     train += [train[0], train[0], train[1] | {"completion": "w9"}]
