@@ -152,12 +152,10 @@ class HbatCLI(LightningCLI):
         loggers = given.get("logger")
         if loggers is not False:
             extra = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
-            # Lightning logs evaluations outside fit as step 0, which would stand in the middle of a curve.
-            if self.subcommand in (None, "fit"):
-                table = MetricsLogger(str(self.run_folder))
-            else:  # and as epoch 0, whatever checkpoint it is of
-                table = MetricsLogger(str(self.run_folder), "evaluation.csv", leave_out=["epoch"])
-            kwargs["logger"] = [table, *extra]
+            # Evaluations outside fit would stand in the middle of a curve; Lightning says epoch 0 of any checkpoint there.
+            table: dict[str, Any] = {"filename": "evaluation.csv", "leave_out": ["epoch"]}
+            fits = self.subcommand in (None, "fit")
+            kwargs["logger"] = [MetricsLogger(str(self.run_folder), **({} if fits else table)), *extra]
         own = given.get("callbacks") or []
         own = list(own) if isinstance(own, list) else [own]
         kwargs["callbacks"] = own + _standard_callbacks(own, given)

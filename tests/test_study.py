@@ -329,7 +329,8 @@ def test_exploring_changes_what_was_chosen_and_compares_by_world(tmp_path: Path)
     ]
     method, settings = METHODS["Hbat-DPO, none"], explore.chosen("Hbat-DPO, none")
     assert settings["model.schedule.rounds"] == 2
-    made = [explore.trials(tmp_path, method, settings, case, [21, 22]) for case in cases]
+    plan = study.Plan(tmp_path, Sizes(), study.TUNING, [21, 22], 0)
+    made = [explore.trials(plan, method, settings, case, [21, 22]) for case in cases]
     assert [trial.chosen["model.schedule.rounds"] for own in made for trial in own] == [5, 5, 10, 10]
     assert {trial.chosen["model.preference.beta"] for own in made for trial in own} == {
         settings["model.preference.beta"]
@@ -351,7 +352,8 @@ def test_exploring_changes_what_was_chosen_and_compares_by_world(tmp_path: Path)
 def test_a_sample_makes_the_kept_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trial of a kept result has its settings and place; hours are of all runs, at the pace of those that were drawn."""
     kept = next(run for run in KEPT if run["place"] == "Hbat-DPO/drift/rounds-5-22")
-    trial = sample.trial_of(kept, METHODS, tmp_path)
+    trial = sample.trial_of(kept, METHODS, study.Plan(tmp_path, Sizes(), study.TUNING, [], 0))
+    assert trial.folder == tmp_path / "runs" / kept["place"]
     assert (trial.world, trial.split, trial.seed) == (tmp_path / "worlds" / "world-22", "test", 22)
     assert (trial.chosen["model.schedule.rounds"], trial.full) == (5, False)
     assert trial.start == tmp_path / "runs" / "sft" / "chosen-22" / "adapter"

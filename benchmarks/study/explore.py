@@ -25,7 +25,9 @@ from methods import read_methods
 from report import BASELINE, interval
 from runs import Method, Trial, run
 from scores import score
+from study import TUNING, Plan
 from workers import Workers
+from world import Sizes
 
 KEPT = Path(__file__).parent / "results" / "kept.jsonl"
 
@@ -49,32 +51,19 @@ def combinations(grids: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
 
 
 def trials(
-    study: Path, method: Method, settings: Mapping[str, Any], changes: Mapping[str, Any], seeds: Sequence[int]
+    plan: Plan, method: Method, settings: Mapping[str, Any], changes: Mapping[str, Any], seeds: Sequence[int]
 ) -> list[Trial]:
-    """Runs of a method in all final worlds.
+    """Runs of a method in several worlds.
 
     Args:
-        study: Folder of the study.
+        plan: The study's.
         method: The method.
         settings: What the study has chosen for it.
         changes: What takes the place of that.
         seeds: Of the worlds.
     """
-    name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items()) or "chosen"
-    folder = study / "explored" / method.name.replace(", ", "/") / name
-    start = study / "runs" / NEEDED_WHOLE
-    return [
-        Trial(
-            method,
-            {**settings, **changes},
-            study / "worlds" / f"world-{seed}",
-            "test",
-            folder / str(seed),
-            seed,
-            Path(f"{start}{seed}") / "adapter",
-        )
-        for seed in seeds
-    ]
+    name = ",".join(["explored", *(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())])
+    return [plan.trial(method, {**settings, **changes}, seed, name) for seed in seeds]
 
 
 def main() -> None:
@@ -100,10 +89,10 @@ def main() -> None:
         seed: json.loads((given.study / "runs" / f"{NEEDED_WHOLE}{seed}" / "result.json").read_text())["gold"]
         for seed in given.seeds
     }
-    workers = Workers(given.workers)
+    plan, workers = Plan(given.study, Sizes(), TUNING, given.seeds, 0), Workers(given.workers)
     cases = list(combinations(given.grid))
-    made = [trials(given.study, methods[BASELINE], chosen(BASELINE), {}, given.seeds)]
-    made += [trials(given.study, methods[given.method], chosen(given.method), case, given.seeds) for case in cases]
+    made = [trials(plan, methods[BASELINE], chosen(BASELINE), {}, given.seeds)]
+    made += [trials(plan, methods[given.method], chosen(given.method), case, given.seeds) for case in cases]
     results = workers.all("runs", run, [trial for own in made for trial in own])
     by_case = [results[place : place + len(given.seeds)] for place in range(0, len(results), len(given.seeds))]
     print(table([BASELINE, *(_said(given.method, case) for case in cases)], by_case, golds))

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,22 @@ def fit(layers: Sequence[str | Path], folder: Path, seed: int, options: Mapping[
     }
     arguments = [part for layer in layers for part in ("--config", str(CONFIGS / layer))]
     arguments += [part for key, value in (quiet | dict(options)).items() for part in (f"--{key}", str(value))]
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with _without_notes(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         module = make_cli(["fit", *arguments]).model
     assert isinstance(module, AlignmentModule)
     return module
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Lightning's notes are not shown meanwhile; whoever calls may want them afterwards."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from typing import Any
 from kept import NEEDED_WHOLE
 from methods import read_methods
 from runs import Method, Trial, run
+from study import TUNING, Plan
 from workers import Workers
 from world import Sizes, make_world
 
@@ -40,18 +41,16 @@ def timed(trial: Trial) -> dict[str, Any]:
     return result | {"seconds": time.perf_counter() - begun}
 
 
-def trial_of(result: Mapping[str, Any], methods: Mapping[str, Method], output: Path) -> Trial:
+def trial_of(result: Mapping[str, Any], methods: Mapping[str, Method], plan: Plan) -> Trial:
     """What has to be made again for a result.
 
     Args:
         result: A line of ``kept.jsonl``.
         methods: All methods by name.
-        output: Folder of everything.
+        plan: The study's, into a folder of its own.
     """
-    seed, runs = result["seed"], output / "runs"
-    world, start = output / "worlds" / f"world-{seed}", runs / f"{NEEDED_WHOLE}{seed}" / "adapter"
-    chosen, split = result["chosen"], result["split"]
-    return Trial(methods[result["method"]], chosen, world, split, runs / result["place"], seed, start, result["full"])
+    name = result["place"].rpartition("/")[2].rpartition("-")[0]
+    return plan.trial(methods[result["method"]], result["chosen"], result["seed"], name, result["full"])
 
 
 def main() -> None:
@@ -70,12 +69,13 @@ def main() -> None:
     first = [one for one in kept if one["place"].startswith(NEEDED_WHOLE)]
     rest = [one for one in kept if one not in first]
     drawn = random.Random(given.seed).sample(rest, given.runs)
+    plan = Plan(given.output, Sizes(), TUNING, [], 0)
     methods, workers = read_methods(), Workers(given.workers)
     begun = time.perf_counter()
     workers.all("worlds", make_world, [(given.output / "worlds", one["seed"], Sizes()) for one in first])
-    again = workers.all("SFT", timed, [trial_of(one, methods, given.output) for one in first])
+    again = workers.all("SFT", timed, [trial_of(one, methods, plan) for one in first])
     before = time.perf_counter() - begun
-    again += workers.all("runs", timed, [trial_of(one, methods, given.output) for one in drawn])
+    again += workers.all("runs", timed, [trial_of(one, methods, plan) for one in drawn])
     tell([*first, *drawn], again, before, len(first), len(rest), given.workers)
 
 

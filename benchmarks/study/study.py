@@ -30,6 +30,7 @@ from workers import Workers
 from world import SMOKE, Sizes, make_world
 
 SFT = "sft"
+TUNING = (1, 2)  # seeds of the worlds that methods are tuned on
 ROUNDS = ("Hbat-DPO, none", "Hbat-DPO, drift", "Hbat-DPO, uniform")
 STATES = ("Hbat-DPO, none", "Hbat-DPO, drift")
 FULL = (
@@ -179,7 +180,7 @@ def main() -> None:
         plan = Plan(given.output, SMOKE, (1,), (11,), 1)
     else:
         final = tuple(range(21, 21 + given.seeds))
-        plan = Plan(given.output, Sizes(tldr_share=given.tldr_share), (1, 2), final, given.draws)
+        plan = Plan(given.output, Sizes(tldr_share=given.tldr_share), TUNING, final, given.draws)
     wanted = {SFT, *(given.methods or methods)}
     unknown = wanted - set(methods)
     if unknown:

@@ -20,7 +20,7 @@ from hbat_lightning.comparison.charts import (
     line_chart,
     scatter,
 )
-from hbat_lightning.comparison.pareto import HEIGHTS, spots_of
+from hbat_lightning.comparison.pareto import HEIGHTS, spots_of, unlike
 from hbat_lightning.comparison.runs import FORGOTTEN, OTHER, Run
 from hbat_lightning.comparison.table import (
     Figure,
@@ -314,9 +314,12 @@ def _pareto(runs: Sequence[Run], confidence: float) -> _Section:
     if not spots[label]:
         return _Section("pareto", "", "", "")
     shown = {spot.name for spot in spots[label]}
-    missing = [run.name for run in runs if run.name not in shown]
+    others = unlike(runs, label)
+    missing = [run.name for run in runs if run.name not in shown and run.name not in others]
     if missing:
         about += f" Without ROUGE-L or {label}, and so not here: {', '.join(missing)}."
+    if others:
+        about += f" Their {label} is another measure, and so they are not here: {', '.join(others)}."
     chart = scatter("ROUGE-L against reward", ("ROUGE-L", label), spots[label])
     content = f'<div class="panels"><figure><figcaption>{escape(label)} over ROUGE-L</figcaption>{chart}</figure></div>'
     return _Section("pareto", "ROUGE against reward", about, content)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -235,12 +235,13 @@ def _answers(rows: Sequence[Row], metrics: Sequence[CompletionMetric]) -> dict[K
     """Answers by prompt, with what further metrics say of them where the rows do not say it already."""
     seen: Counter[str] = Counter()
     found: dict[Key, Completed] = {}
+    plain = {name for metric in standard_metrics() for name in metric.names}
     for row in rows:
         fields = {name: row[name] for name in ("prompt", "completion", "reference", "tokens", "stopped")}
         found[row["prompt"], seen[row["prompt"]]] = Completed(
             **fields,
             scores=dict(row.get("scores", {})),
-            scales=dict(row["scales"]) if "scales" in row else _unknown(row),
+            scales=dict(row["scales"]) if "scales" in row else _unknown(row, plain),
         )
         seen[row["prompt"]] += 1
     answers = list(found.values())
@@ -253,10 +254,9 @@ def _answers(rows: Sequence[Row], metrics: Sequence[CompletionMetric]) -> dict[K
     return found
 
 
-def _unknown(row: Row) -> dict[str, str]:
-    """Scales of a row that has none: only what the standard metrics say is known to depend on nothing else."""
-    known = {name for metric in standard_metrics() for name in metric.names}
-    return {name: UNKNOWN for name in row.get("scores", {}) if name not in known}
+def _unknown(row: Row, plain: Collection[str]) -> dict[str, str]:
+    """Scales of a row that has none: only what the standard metrics say, ``plain``, is known to depend on nothing else."""
+    return {name: UNKNOWN for name in row.get("scores", {}) if name not in plain}
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from hbat_lightning.comparison.charts import Frame, Line, Spot, frame_of, heat_map, line_chart, scatter
 from hbat_lightning.comparison.differences import marked
 from hbat_lightning.comparison.page import comparison_page
+from hbat_lightning.comparison.pareto import spots_of
 from hbat_lightning.comparison.runs import Run, Span
 from hbat_lightning.comparison.table import compare
 from hbat_lightning.completions import Completed
@@ -106,3 +107,15 @@ def test_all_runs_in_the_picture_of_rouge_against_reward_have_the_same_figure() 
     alike = shown(run("one", 0.6, reward=1.0), run("two", 0.8), run("three", 0.7))
     assert "<figcaption>val/preference/accuracy over ROUGE-L</figcaption>" in alike
     assert "not here" not in alike
+
+
+def test_figures_of_another_measure_are_not_put_on_one_axis() -> None:
+    def run(name: str, scale: str) -> Run:
+        scores, scales = {"rougeL": 0.5, "reward": 1.0}, {"reward": scale}
+        return Run(name, answers={("p", 0): Completed("p", "c", "r", 1, True, scores=scores, scales=scales)})
+
+    runs = [run("one", "a reward"), run("two", "another"), run("three", "a reward")]
+    assert [spot.name for spot in spots_of(runs, "reward", 0.95)] == ["one", "three"]
+    page = comparison_page(runs, compare(runs))
+    assert "Their reward is another measure, and so they are not here: two." in page
+    assert "Without ROUGE-L" not in page
