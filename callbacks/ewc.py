@@ -38,7 +38,7 @@ class ElasticWeightConsolidation(ImportanceCallback):
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float = 0.1,
         importance: Importance | None = None,
         weights: ImportanceWeights | None = None,
     ) -> None:

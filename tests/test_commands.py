@@ -7,6 +7,7 @@ The first command of a configuration's header is carried out in ``test_configs.p
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import shutil
@@ -16,7 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from hbat_lightning.cli import HbatCLI, main, make_cli
 from hbat_lightning.data import embedded
@@ -103,7 +107,12 @@ def _filled(arguments: list[str], judge: str) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_carried_out(
-    command: str, place: Path, tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    place: Path,
+    tmp_path: Path,
+    judge: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("configs", *FILES, "bart", "classifier"):
         (tmp_path / name).symlink_to(ROOT / name if name == "configs" else place / name)
@@ -122,6 +131,11 @@ def test_every_command_is_carried_out(
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code in (0, None)
+        told = capsys.readouterr().out
+        if "--help" in arguments:
+            assert "--model" in told
+        else:
+            assert "policy" in yaml.safe_load(told)["model"]["init_args"]
     elif verb == "fit":
         if "/recipes/" in command:
             arguments += ["--model.init_args.policy.init_args.model_name_or_path", embedded.TINY_LLAMA]
@@ -132,13 +146,114 @@ def test_every_command_is_carried_out(
         assert json.loads(run.read_text())["steps"] == steps
         assert (run.parent / "metrics.csv").is_file()
     else:
-        others = {
-            "inspect": [],
-            "plan": ["--model.policy.model_name_or_path", embedded.TINY_LLAMA],
-            "export": [],
-            "compare": [],
-        }
+        plan = ["--model.policy.model_name_or_path", embedded.TINY_LLAMA]
+        others = {"inspect": [], "plan": plan, "export": [], "compare": []}
+        capsys.readouterr()
         main([*arguments, *others.get(verb, CPU)])
+        EFFECTS[verb](arguments, capsys.readouterr().out)
+
+
+# ---- what commands leave, in the folder in which they are given -----------------------------------------------------
+
+
+def _written(told: str) -> Path:
+    """The folder or file that a command says it has written."""
+    return Path(next(line for line in told.splitlines() if line.startswith(("written: ", "report: "))).split(": ")[1])
+
+
+def _compared(arguments: list[str], told: str) -> None:
+    names = [Path(part).name for part in arguments[1:3]]
+    folder = Path(arguments[arguments.index("--output") + 1])
+    assert _written(told) == folder
+    for name in ("comparison.md", "comparison.html", "comparison.csv"):
+        assert all(name_of_run in (folder / name).read_text() for name_of_run in names)
+
+
+def _exported(arguments: list[str], told: str) -> None:
+    """The weights are those of the run: of the adapter to the bit, of the merged model by what it writes."""
+    output = _written(told)
+    assert output == Path(arguments[arguments.index("--output") + 1])
+    trained = load_file("runs/mine/adapter/adapter_model.safetensors")
+    if "merged" not in arguments:
+        exported = load_file(output / "adapter_model.safetensors")
+        assert exported.keys() == trained.keys()
+        assert all(torch.equal(exported[name], trained[name]) for name in trained)
+        return
+    with embedded.materialise(embedded.TINY_LLAMA) as folder:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(40, 60)[None]
+    beside = PeftModel.from_pretrained(base, "runs/mine/adapter")(ids).logits
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(output)(ids).logits, beside, rtol=1e-4, atol=1e-4)
+
+
+def _inspected(arguments: list[str], told: str) -> None:
+    """Every row of both files is counted."""
+    found = {one["objective"]: one for one in json.loads(_written(told).read_text())["sources"]}
+    assert found.keys() == {"instruction", "preference"}
+    assert all("40" in json.dumps(one) for one in found.values())
+
+
+def _planned(arguments: list[str], told: str) -> None:
+    """A tiny model fits anywhere."""
+    budget = arguments[arguments.index("--budget") + 1].removesuffix("GB")
+    assert json.loads(_written(told).read_text())
+    assert any(budget in line and "fits" in line for line in told.splitlines())
+
+
+def _run_folder(arguments: list[str]) -> Path:
+    """Where the configuration that a command names was written, and where the command writes too."""
+    config = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+    return Path(config["trainer"]["default_root_dir"])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _last(path: Path, filled: str) -> dict[str, str]:
+    """The last row of a table that has a value there."""
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if row.get(filled)][-1]
+
+
+def _predicted(arguments: list[str], told: str) -> None:
+    """One completion for every held-out prompt that is told of."""
+    path = _run_folder(arguments) / "predictions.jsonl"
+    rows = _rows(path)
+    assert str(path) in told
+    assert rows
+    assert all({"prompt", "completion"} <= row.keys() for row in rows)
+
+
+def _tested(arguments: list[str], told: str) -> None:
+    """The figures are the means of the rows: of ROUGE, or of the metric that is there in its place."""
+    run = _run_folder(arguments)
+    given = {"BARTScore": "bartscore_f", "JudgeWinRate": "judge_win_rate", "RewardScore": "reward_win_rate"}
+    asked = (score for metric, score in given.items() if any(metric in part for part in arguments))
+    name = next(asked, "rougeL")
+    values = [row["scores"][name] for row in _rows(run / "tested.jsonl")]
+    figure = float(_last(run / "evaluation.csv", f"test/{name}")[f"test/{name}"])
+    assert figure == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def _validated(arguments: list[str], told: str) -> None:
+    """The figures are the means of the held-out rows."""
+    run = _run_folder(arguments)
+    figures = json.loads((run / "validated.json").read_text())["figures"]
+    for name in ("val/instruction/loss", "val/preference/loss"):
+        figure, parts = float(_last(run / "evaluation.csv", name)[name]), figures[name]
+        assert figure == pytest.approx(sum(parts["sums"]) / sum(parts["counts"]), rel=1e-4)
+
+
+EFFECTS = {
+    "compare": _compared,
+    "export": _exported,
+    "inspect": _inspected,
+    "plan": _planned,
+    "predict": _predicted,
+    "test": _tested,
+    "validate": _validated,
+}
 
 
 # ---- options without a command --------------------------------------------------------------------------------------

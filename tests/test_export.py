@@ -409,7 +409,13 @@ def test_the_card_of_a_finished_run(run: Path) -> None:
     assert shown
     assert yaml.safe_load(shown[1]) == yaml.safe_load((run / "config.yaml").read_text())
     assert state["hbat"]["policy"]["base_fingerprint"] in card.text
-    for said in ("Seed: 42", "Rounds: 1", "DPO: beta 1, reference phase_start", "Modified EWC: strength 1", "peft 0."):
+    for said in (
+        "Seed: 42",
+        "Rounds: 1",
+        "DPO: beta 1, reference phase_start",
+        "Modified EWC: strength 0.1",
+        "peft 0.",
+    ):
         assert said in card.text
     assert "base_model: embedded" not in card.content
 

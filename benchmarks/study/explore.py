@@ -5,8 +5,8 @@ r"""Settings beside those that a study has chosen, tried in its final worlds.
 
 The first argument is the folder of a study whose worlds and SFT are made. Every combination of the grids takes the place of
 what ``results/kept.jsonl`` has as chosen for the method. The table has the figures of every combination, and its paired
-difference in score to two-stage DPO with the settings chosen for it, with Student's interval over worlds. Nothing is chosen by
-it: who takes the best of many rows takes luck with it.
+difference in score to two-stage DPO, or another method by ``--against``, with the settings chosen for that, with Student's
+interval over worlds. Nothing is chosen by it: who takes the best of many rows takes luck with it.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--grid", nargs="+", action="append", default=[], metavar="KEY VALUE", help="a key, and its values"
     )
+    parser.add_argument("--against", default=BASELINE, metavar="METHOD", help="what differences are to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25], help="of the worlds")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
@@ -81,21 +82,22 @@ def main() -> None:
     missing = [
         seed for seed in given.seeds if not (given.study / "runs" / f"{NEEDED_WHOLE}{seed}" / "result.json").exists()
     ]
-    if missing or given.method not in methods:
-        parser.error(
-            f"no method {given.method}, or no SFT of the worlds {missing} in {given.study}: run study.py first"
-        )
+    unknown = [name for name in (given.method, given.against) if name not in methods]
+    if unknown:
+        parser.error(f"no such method: {', '.join(unknown)}; there are {', '.join(methods)}")
+    if missing:
+        parser.error(f"no SFT of the worlds {missing} in {given.study}: run study.py first")
     golds = {
         seed: json.loads((given.study / "runs" / f"{NEEDED_WHOLE}{seed}" / "result.json").read_text())["gold"]
         for seed in given.seeds
     }
     plan, workers = Plan(given.study, Sizes(), TUNING, given.seeds, 0), Workers(given.workers)
     cases = list(combinations(given.grid))
-    made = [trials(plan, methods[BASELINE], chosen(BASELINE), {}, given.seeds)]
+    made = [trials(plan, methods[given.against], chosen(given.against), {}, given.seeds)]
     made += [trials(plan, methods[given.method], chosen(given.method), case, given.seeds) for case in cases]
     results = workers.all("runs", run, [trial for own in made for trial in own])
     by_case = [results[place : place + len(given.seeds)] for place in range(0, len(results), len(given.seeds))]
-    print(table([BASELINE, *(_said(given.method, case) for case in cases)], by_case, golds))
+    print(table([given.against, *(_said(given.method, case) for case in cases)], by_case, golds))
 
 
 def table(names: Sequence[str], by_case: Sequence[Sequence[Mapping[str, Any]]], golds: Mapping[int, float]) -> str:
@@ -106,7 +108,7 @@ def table(names: Sequence[str], by_case: Sequence[Sequence[Mapping[str, Any]]], 
         by_case: Results of each, world by world.
         golds: Gold of SFT, by seed.
     """
-    lines = ["| what | exact | plain | gold | score | against two-stage DPO |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [f"| what | exact | plain | gold | score | against {names[0]} |", "| --- | --- | --- | --- | --- | --- |"]
     scores = [[score(one, golds) for one in own] for own in by_case]
     for name, own, values in zip(names, by_case, scores, strict=True):
         figures = [f"{statistics.mean(one[figure] for one in own):.3f}" for figure in ("exact", "plain", "gold")]
