@@ -18,7 +18,8 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(VENV)/.installed  ## train Hbat on the embedded model and task, into runs/demo
-	$(BIN)/hbat fit --config configs/hbat_dpo.yaml --config configs/demo.yaml --overwrite true $(ARGS)
+	$(BIN)/hbat fit --config configs/hbat_dpo.yaml --config configs/demo.yaml \
+		--trainer.callbacks.strength 1 --overwrite true $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests, with coverage
 	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term $(ARGS)
