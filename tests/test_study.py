@@ -264,7 +264,11 @@ def test_intervals_are_students() -> None:
     assert report.interval(values) == f"{statistics.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-KEPT = [json.loads(line) for line in (STUDY / "results" / "kept.jsonl").read_text().splitlines()]
+def _kept(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (STUDY / "results" / name).read_text().splitlines()]
+
+
+KEPT, HARDER = _kept("kept.jsonl"), _kept("harder_conflict.jsonl")
 QUOTED = [
     ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "score", "−0.10 [−0.31, +0.12]"),
     ("Hbat-PPO/none/chosen", "two-stage PPO/chosen", "score", "−0.29 [−0.41, −0.17]"),
@@ -300,13 +304,24 @@ QUOTED = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other", "figure", "quoted"), QUOTED)
-def test_quoted_differences_are_those_of_the_kept_runs(one: str, other: str, figure: str, quoted: str) -> None:
-    """Means and Student's intervals over the five final worlds, from results/kept.jsonl, by scipy."""
-    golds = {run["seed"]: run["gold"] for run in KEPT if run["place"].startswith("sft/chosen-")}
+QUOTED_OF_THE_HARDER_CONFLICT = [
+    ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "score", "−0.10 [−0.38, +0.18]"),
+    ("Hbat-DPO/drift/chosen", "two-stage DPO/chosen", "score", "−0.09 [−0.40, +0.21]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kept", "one", "other", "figure", "quoted"),
+    [(KEPT, *each) for each in QUOTED] + [(HARDER, *each) for each in QUOTED_OF_THE_HARDER_CONFLICT],
+)
+def test_quoted_differences_are_those_of_the_kept_runs(
+    kept: list[dict[str, Any]], one: str, other: str, figure: str, quoted: str
+) -> None:
+    """Means and Student's intervals over the five final worlds, from results/*.jsonl, by scipy."""
+    golds = {run["seed"]: run["gold"] for run in kept if run["place"].startswith("sft/chosen-")}
 
     def values(place: str) -> list[float]:
-        own = [run for run in KEPT if run["place"].rpartition("-")[0] == place and run["seed"] > 20]
+        own = [run for run in kept if run["place"].rpartition("-")[0] == place and run["seed"] > 20]
         gains = [(run["gold"] - golds[run["seed"]]) / (scores.IDEAL - golds[run["seed"]]) for run in own]
         assert [run["seed"] for run in own] == [21, 22, 23, 24, 25]
         if figure == "score":
