@@ -268,7 +268,7 @@ def _kept(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (STUDY / "results" / name).read_text().splitlines()]
 
 
-KEPT, HARDER = _kept("kept.jsonl"), _kept("harder_conflict.jsonl")
+KEPT, HARDER, PPO_ROUNDS = (_kept(name) for name in ("kept.jsonl", "harder_conflict.jsonl", "ppo_rounds.jsonl"))
 QUOTED = [
     ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "score", "−0.10 [−0.31, +0.12]"),
     ("Hbat-PPO/none/chosen", "two-stage PPO/chosen", "score", "−0.29 [−0.41, −0.17]"),
@@ -308,11 +308,21 @@ QUOTED_OF_THE_HARDER_CONFLICT = [
     ("Hbat-DPO/none/chosen", "two-stage DPO/chosen", "score", "−0.10 [−0.38, +0.18]"),
     ("Hbat-DPO/drift/chosen", "two-stage DPO/chosen", "score", "−0.09 [−0.40, +0.21]"),
 ]
+PPO_IN = "Hbat-PPO/none/explored,rounds={},lr=0.0001,kl_coefficient=0.1,lr=0.006"
+QUOTED_OF_PPO = [
+    (PPO_IN.format(2), "two-stage PPO/explored", "score", "−0.17 [−0.34, −0.01]"),
+    (PPO_IN.format(5), "two-stage PPO/explored", "score", "−0.41 [−0.46, −0.37]"),
+    (PPO_IN.format(10), "two-stage PPO/explored", "score", "−0.42 [−0.57, −0.26]"),
+]
 
 
 @pytest.mark.parametrize(
     ("kept", "one", "other", "figure", "quoted"),
-    [(KEPT, *each) for each in QUOTED] + [(HARDER, *each) for each in QUOTED_OF_THE_HARDER_CONFLICT],
+    [
+        *((KEPT, *each) for each in QUOTED),
+        *((HARDER, *each) for each in QUOTED_OF_THE_HARDER_CONFLICT),
+        *((PPO_ROUNDS, *each) for each in QUOTED_OF_PPO),
+    ],
 )
 def test_quoted_differences_are_those_of_the_kept_runs(
     kept: list[dict[str, Any]], one: str, other: str, figure: str, quoted: str
