@@ -235,7 +235,7 @@ class ImportanceWeights(ABC):
 
 
 class LiteralWeights(ImportanceWeights):
-    r"""The official code's: :math:`c_n = M \lambda^2\,\mathrm{softmax}_n(\kappa^2 I_n)`, with λ the strength.
+    r"""The official code's: :math:`c_n = M \lambda^2\,\mathrm{softmax}_n(\kappa^2 I_n)`, with λ the strength, officially 1.
 
     One-hot in practice (see :func:`hbat_lightning.functional.literal_weights`): kept to reproduce, and to compare.
 
