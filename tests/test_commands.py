@@ -190,7 +190,9 @@ def _inspected(arguments: list[str], told: str) -> None:
     """Every row of both files is counted."""
     found = {one["objective"]: one for one in json.loads(_written(told).read_text())["sources"]}
     assert found.keys() == {"instruction", "preference"}
-    assert all("40" in json.dumps(one) for one in found.values())
+    for one in found.values():
+        assert [file["found"] for file in one["files"]] == [40]
+        assert sum(part["rows"] for part in one["parts"].values()) == 40
 
 
 def _planned(arguments: list[str], told: str) -> None:
