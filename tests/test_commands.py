@@ -170,7 +170,7 @@ def _compared(arguments: list[str], told: str) -> None:
 
 
 def _exported(arguments: list[str], told: str) -> None:
-    """The weights are those of the run: of the adapter to the bit, of the merged model by what it writes."""
+    """The weights are those of the run: of the adapter to the bit, of the merged model by its logits."""
     output = _written(told)
     assert output == Path(arguments[arguments.index("--output") + 1])
     trained = load_file("runs/mine/adapter/adapter_model.safetensors")
@@ -196,7 +196,7 @@ def _inspected(arguments: list[str], told: str) -> None:
 
 
 def _planned(arguments: list[str], told: str) -> None:
-    """A tiny model fits anywhere."""
+    """A tiny model fits, and the answer names the budget."""
     budget = arguments[arguments.index("--budget") + 1].removesuffix("GB")
     assert json.loads(_written(told).read_text())
     assert any(budget in line and "fits" in line for line in told.splitlines())
@@ -219,7 +219,7 @@ def _last(path: Path, filled: str) -> dict[str, str]:
 
 
 def _predicted(arguments: list[str], told: str) -> None:
-    """One completion for every held-out prompt that is told of."""
+    """There are completions, where it is said that they are."""
     path = _run_folder(arguments) / "predictions.jsonl"
     rows = _rows(path)
     assert str(path) in told
